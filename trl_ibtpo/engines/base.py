@@ -1,0 +1,35 @@
+"""What a tree grower asks of a generation engine. An engine knows token ids only: no trees, no text, no rewards."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    """A prefix to continue."""
+
+    request_id: str  # unique among the requests in flight
+    prefix_ids: list[int]  # question and completion so far
+    max_tokens: int  # at least 1
+    seed: int  # of this request alone, for engines that sample each request on its own
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """A sampled continuation."""
+
+    request_id: str
+    token_ids: list[int]  # the stop token included
+    logprobs: list[float]  # under the distribution that was sampled from (after temperature, top-k, top-p)
+
+
+class RolloutEngine(Protocol):
+    """Submit requests at any time; each `poll` does one unit of work and returns what has finished."""
+
+    def submit(self, requests: Sequence[RolloutRequest]) -> None: ...
+
+    def poll(self) -> list[Rollout]: ...
+
+    def abort(self) -> None:
+        """Forget every request in flight."""

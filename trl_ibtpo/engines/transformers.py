@@ -1,0 +1,131 @@
+"""Rollouts with `model.generate`: every poll runs all submitted requests as one left-padded batch."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from .base import Rollout, RolloutRequest
+
+
+class TransformersEngine:
+    """Generation with transformers, for machines without vLLM.
+
+    Samples from torch's global generator, as TRL does, so a request's own seed is not used: runs repeat with the
+    trainer's seed and the same batches.
+
+    Args:
+        model: unwrapped model, ready to generate (also a PEFT model).
+        generation_config: TRL's; its stop tokens all end a rollout.
+        pad_token_id: any token; padding is masked.
+    """
+
+    name = "transformers"
+
+    def __init__(self, model: PreTrainedModel, generation_config: GenerationConfig, pad_token_id: int):
+        self._model = model
+        self._pad_token_id = pad_token_id
+        self._warpers = _warpers(generation_config)
+        # The warpers run as custom processors, so that the recorder can come after them.
+        self._config = deepcopy(generation_config)
+        self._config.update(temperature=1.0, top_k=0, top_p=1.0, min_p=None)
+        stop_ids = generation_config.eos_token_id
+        self._stop_ids = frozenset([stop_ids] if isinstance(stop_ids, int) else stop_ids or [])
+        self._queue: list[RolloutRequest] = []
+
+    def submit(self, requests: Sequence[RolloutRequest]) -> None:
+        self._queue.extend(requests)
+
+    def abort(self) -> None:
+        self._queue.clear()
+
+    def poll(self) -> list[Rollout]:
+        if not self._queue:
+            return []
+        requests, self._queue = self._queue, []
+        device = self._model.device
+        width = max(len(request.prefix_ids) for request in requests)
+        padding = [width - len(request.prefix_ids) for request in requests]
+        input_ids = torch.tensor(
+            [[self._pad_token_id] * pad + request.prefix_ids for pad, request in zip(padding, requests, strict=True)],
+            device=device,
+        )
+        attention_mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding], device=device)
+        budgets = torch.tensor([request.max_tokens for request in requests], device=device)
+        self._config.max_new_tokens = int(budgets.max())
+        recorder = _SampledLogprobs()
+        with torch.no_grad():
+            sequences = self._model.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                generation_config=self._config,
+                logits_processor=LogitsProcessorList([*self._warpers, recorder]),
+                stopping_criteria=StoppingCriteriaList([_TokenBudgets(width, budgets)]),
+                synced_gpus=False,  # growth makes no collective call
+            )
+        token_ids = sequences[:, width:].tolist()
+        logprobs = recorder.finish(sequences).tolist()
+        rollouts = []
+        for request, ids, values in zip(requests, token_ids, logprobs, strict=True):
+            stop = next((position + 1 for position, token in enumerate(ids) if token in self._stop_ids), len(ids))
+            length = min(stop, request.max_tokens)
+            rollouts.append(Rollout(request.request_id, ids[:length], values[:length]))
+        return rollouts
+
+
+def _warpers(config: GenerationConfig) -> list[LogitsProcessor]:
+    """Temperature, top-k, top-p and min-p in the order in which transformers applies them."""
+    warpers: list[LogitsProcessor] = []
+    if config.temperature is not None and config.temperature != 1.0:
+        warpers.append(TemperatureLogitsWarper(config.temperature))
+    if config.top_k:
+        warpers.append(TopKLogitsWarper(top_k=config.top_k))
+    if config.top_p is not None and config.top_p < 1.0:
+        warpers.append(TopPLogitsWarper(top_p=config.top_p))
+    if config.min_p is not None:
+        warpers.append(MinPLogitsWarper(min_p=config.min_p))
+    return warpers
+
+
+class _SampledLogprobs(LogitsProcessor):
+    """Records the log-probability of each sampled token, holding one step's distribution at a time."""
+
+    def __init__(self):
+        self._last: torch.Tensor | None = None  # (B, V)
+        self._sampled: list[torch.Tensor] = []  # (B,) each
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if self._last is not None:
+            self._gather(input_ids[:, -1])
+        self._last = torch.log_softmax(scores.float(), dim=-1)
+        return scores
+
+    def finish(self, sequences: torch.LongTensor) -> torch.Tensor:
+        """Log-probabilities of all sampled tokens, `(B, T)`."""
+        self._gather(sequences[:, -1])
+        return torch.stack(self._sampled, dim=1)
+
+    def _gather(self, token_ids: torch.LongTensor) -> None:
+        self._sampled.append(self._last.gather(1, token_ids[:, None])[:, 0])
+
+
+class _TokenBudgets(StoppingCriteria):
+    """Ends each row at its own number of new tokens."""
+
+    def __init__(self, prefix_width: int, budgets: torch.Tensor):
+        self._limits = prefix_width + budgets
+
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
+        return input_ids.shape[1] >= self._limits

@@ -1,0 +1,307 @@
+"""What a user sets: `GRPOConfig` and the tree."""
+
+from dataclasses import dataclass, field
+from math import lcm
+
+from trl import GRPOConfig
+
+from .advantages import ADVANTAGES
+from .branching import STRATEGIES
+from .growth import GrowthSettings
+
+
+@dataclass
+class IBTPOConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`IBTPOTrainer`].
+
+    This class includes only the parameters that are new or whose default or meaning differs from
+    [`~trl.GRPOConfig`]; all others are used as there. Defaults are those of the paper, "Long Live The Balance:
+    Information Bottleneck Driven Tree-based Policy Optimization" (arXiv 2605.28109).
+
+    Parameters:
+        > Parameters that shape the tree
+
+        tree_initial_rollouts (`int`, *optional*, defaults to `4`):
+            Rollouts from the question before any branching. The paper's \( B_0 \).
+        tree_levels (`int`, *optional*, defaults to `9`):
+            Levels of the tree: the initial rollouts and `tree_levels - 1` rounds of branching. The paper's \( L \).
+            `1` grows no tree.
+        tree_nodes_per_level (`int`, *optional*, defaults to `1`):
+            Steps chosen in each round. The paper's \( K \).
+        tree_branches_per_node (`int`, *optional*, defaults to `1`):
+            Rollouts that continue each chosen step. The paper's \( B \).
+        num_generations (`int`, *optional*):
+            Trajectories per question. Derived: \( G = B_0 + (L - 1) K B \), 12 with the defaults. A different value
+            is an error.
+
+        > Parameters that choose where to branch
+
+        branching (`str`, *optional*, defaults to `"ib"`):
+            Which steps to branch: `"ib"` (highest IB-Score), `"confidence"` (lowest confidence first, needs no
+            reward), `"random"`, or `"independent"` (no tree: all rollouts start at the question).
+        allow_root_branching (`bool`, *optional*, defaults to `False`):
+            Whether a round may choose the question itself. Where no other step can be branched, it is chosen anyway.
+        allow_repeated_branching (`bool`, *optional*, defaults to `True`):
+            Whether a step may be chosen in several rounds.
+        ib_beta (`float`, *optional*, defaults to `5.0`):
+            Weight of the information about the answer in the IB-Score. The paper's \( \beta \); `beta` remains the
+            KL coefficient.
+        step_delimiter (`str`, *optional*, defaults to `"\n\n"`):
+            Text that ends a step.
+        step_confidence (`str`, *optional*, defaults to `"geometric_mean"`):
+            Probability of a step under the sampling policy, \( \pi(s) \): `"geometric_mean"` per token or `"joint"`.
+        success_reward (`str`, *optional*):
+            Name of the reward function whose value, in [0, 1], says whether a completion is right. Defaults to the
+            first reward function. Advantages use the full weighted reward.
+
+        > Parameters that turn the tree into advantages
+
+        advantage (`str`, *optional*, defaults to `"ibtpo"`):
+            Advantage of each step: `"ibtpo"` (global plus local term) or `"grpo"` (that of the trajectory).
+        ib_coef (`float`, *optional*, defaults to `0.1`):
+            Weight of the local term \( A_{IB} \). The paper's \( \lambda \).
+        shared_token_weight (`str`, *optional*, defaults to `"per_trajectory"`):
+            Weight of a token that several trajectories share in the policy loss: once for each of them, or `"once"`
+            in all. The KL term always counts once per trajectory.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.GRPOConfig`]:
+    > - `per_device_train_batch_size`, `per_device_eval_batch_size`: Default to one group of completions.
+    > - `beta`: Defaults to `0.001` instead of `0.0`.
+    > - `temperature`, `top_p`, `top_k`: Default to `0.7`, `0.95`, `20` instead of `1.0`, `1.0`, `0`.
+    > - `max_completion_length`: Defaults to `2048` instead of `512`.
+    > - `loss_type`: Defaults to `"grpo"` instead of `"dapo"`.
+    > - `vllm_importance_sampling_mode`: Defaults to `"token_truncate"` instead of `"sequence_mask"`: masking whole
+    >   sequences would throw away step-level credit.
+    """
+
+    # Parameters whose default values are overridden from GRPOConfig
+    learning_rate: float = field(
+        default=1e-6,
+        metadata={"help": "The initial learning rate for AdamW."},
+    )
+    per_device_train_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Completions per device and step. Times `steps_per_generation` it must hold whole trees. If "
+            "`None`, it is the number of trajectories of one tree."
+        },
+    )
+    per_device_eval_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Completions per device and evaluation step. If `None`, it is the number of completions per "
+            "prompt in evaluation."
+        },
+    )
+    num_generations: int | None = field(
+        default=None,
+        metadata={
+            "help": "Trajectories per question, derived from the shape of the tree: `tree_initial_rollouts + "
+            "(tree_levels - 1) * tree_nodes_per_level * tree_branches_per_node`. A different value is an error."
+        },
+    )
+    beta: float = field(
+        default=0.001,
+        metadata={
+            "help": "KL coefficient. If `0.0`, the reference model is not loaded. Not the paper's beta, which is "
+            "`ib_beta`."
+        },
+    )
+    temperature: float = field(
+        default=0.7,
+        metadata={"help": "Temperature for sampling. The higher the temperature, the more random the completions."},
+    )
+    top_p: float = field(
+        default=0.95,
+        metadata={
+            "help": "Float that controls the cumulative probability of the top tokens to consider. Must be in (0, 1]. "
+            "Set to 1.0 to consider all tokens."
+        },
+    )
+    top_k: int = field(
+        default=20,
+        metadata={
+            "help": "Number of highest probability vocabulary tokens to keep for top-k-filtering. If `0`, "
+            "top-k-filtering is disabled and all tokens are considered."
+        },
+    )
+    max_completion_length: int | None = field(
+        default=2048,
+        metadata={"help": "Maximum length of a trajectory, shared prefix included."},
+    )
+    loss_type: str = field(
+        default="grpo",
+        metadata={"help": "Loss formulation, as in GRPOConfig."},
+    )
+    vllm_importance_sampling_mode: str = field(
+        default="token_truncate",
+        metadata={"help": "Importance sampling correction for vLLM, as in GRPOConfig."},
+    )
+
+    # Parameters that shape the tree
+    tree_initial_rollouts: int = field(
+        default=4,
+        metadata={"help": "Rollouts from the question before any branching. The paper's B0."},
+    )
+    tree_levels: int = field(
+        default=9,
+        metadata={"help": "Levels of the tree: the initial rollouts and `tree_levels - 1` rounds. The paper's L."},
+    )
+    tree_nodes_per_level: int = field(
+        default=1,
+        metadata={"help": "Steps chosen in each round. The paper's K."},
+    )
+    tree_branches_per_node: int = field(
+        default=1,
+        metadata={"help": "Rollouts that continue each chosen step. The paper's B."},
+    )
+
+    # Parameters that choose where to branch
+    branching: str = field(
+        default="ib",
+        metadata={"help": "Which steps to branch.", "choices": list(STRATEGIES)},
+    )
+    allow_root_branching: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether a round may choose the question itself. Where no other step can be branched, it is "
+            "chosen anyway."
+        },
+    )
+    allow_repeated_branching: bool = field(
+        default=True,
+        metadata={"help": "Whether a step may be chosen in several rounds."},
+    )
+    ib_beta: float = field(
+        default=5.0,
+        metadata={"help": "Weight of the information about the answer in the IB-Score. The paper's beta."},
+    )
+    step_delimiter: str = field(
+        default="\n\n",
+        metadata={"help": "Text that ends a step."},
+    )
+    step_confidence: str = field(
+        default="geometric_mean",
+        metadata={
+            "help": "Probability of a step under the sampling policy: per token, or of the whole step.",
+            "choices": ["geometric_mean", "joint"],
+        },
+    )
+    success_reward: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name of the reward function whose value, in [0, 1], says whether a completion is right. If "
+            "`None`, the first reward function."
+        },
+    )
+
+    # Parameters that turn the tree into advantages
+    advantage: str = field(
+        default="ibtpo",
+        metadata={"help": "Advantage of each step.", "choices": list(ADVANTAGES)},
+    )
+    ib_coef: float = field(
+        default=0.1,
+        metadata={"help": "Weight of the local term of the advantage. The paper's lambda."},
+    )
+    shared_token_weight: str = field(
+        default="per_trajectory",
+        metadata={
+            "help": "Weight of a token that several trajectories share in the policy loss: once for each of them, or "
+            "once in all.",
+            "choices": ["per_trajectory", "once"],
+        },
+    )
+
+    def __post_init__(self):
+        self._check_tree()
+        group = self.growth_settings.leaves
+        if self.num_generations not in (None, group):
+            raise ValueError(
+                f"`num_generations` is {self.num_generations}, but the tree has {group} trajectories: "
+                f"tree_initial_rollouts + (tree_levels - 1) * tree_nodes_per_level * tree_branches_per_node = "
+                f"{self.tree_initial_rollouts} + ({self.tree_levels} - 1) * {self.tree_nodes_per_level} * "
+                f"{self.tree_branches_per_node} = {group}. Leave `num_generations` out, or change the tree."
+            )
+        self.num_generations = group
+        if self.per_device_train_batch_size is None:
+            self.per_device_train_batch_size = group
+        if self.per_device_eval_batch_size is None:
+            self.per_device_eval_batch_size = self.num_generations_eval or group
+        self._check_whole_trees()
+        super().__post_init__()
+
+    @property
+    def growth_settings(self) -> GrowthSettings:
+        """What the growth of a tree depends on."""
+        return GrowthSettings(
+            initial_rollouts=self.tree_initial_rollouts,
+            levels=self.tree_levels,
+            nodes_per_level=self.tree_nodes_per_level,
+            branches_per_node=self.tree_branches_per_node,
+            branching=self.branching,
+            allow_root_branching=self.allow_root_branching,
+            allow_repeated_branching=self.allow_repeated_branching,
+            ib_beta=self.ib_beta,
+            step_confidence=self.step_confidence,
+            max_completion_length=self.max_completion_length,
+        )
+
+    def _check_tree(self) -> None:
+        for name in ("tree_initial_rollouts", "tree_levels", "tree_nodes_per_level", "tree_branches_per_node"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`{name}` is {value!r}; it must be a whole number of at least 1.")
+        if self.growth_settings.leaves < 2:
+            raise ValueError(
+                f"The tree has one trajectory (`tree_initial_rollouts` is {self.tree_initial_rollouts}, `tree_levels` "
+                f"is {self.tree_levels}), but advantages compare at least 2. Raise one of them."
+            )
+        if not isinstance(self.max_completion_length, int) or self.max_completion_length < 1:
+            raise ValueError(
+                f"`max_completion_length` is {self.max_completion_length!r}; it must be a whole number of at least 1: "
+                "a branch may use what its prefix left of it."
+            )
+        if self.ib_beta <= 0:
+            raise ValueError(f"`ib_beta` is {self.ib_beta}; it must be positive (the paper uses 5).")
+        if not self.step_delimiter:
+            raise ValueError("`step_delimiter` is empty; give the text that ends a step, for example '\\n\\n'.")
+        for name, choices in (
+            ("branching", list(STRATEGIES)),
+            ("advantage", list(ADVANTAGES)),
+            ("step_confidence", ["geometric_mean", "joint"]),
+            ("shared_token_weight", ["per_trajectory", "once"]),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be one of {choices}.")
+
+    def _check_whole_trees(self) -> None:
+        """Trees never span processes, so each process must generate whole trees."""
+        group = self.num_generations
+        if self.generation_batch_size is not None:
+            # How many processes share it is known only later; the trainer checks the share of each.
+            if self.generation_batch_size % group:
+                raise ValueError(
+                    f"`generation_batch_size` is {self.generation_batch_size}, which does not hold whole trees of "
+                    f"{group} trajectories. Values that work: {group}, {2 * group}, {3 * group}, ... for each process."
+                )
+            return
+        steps_name = "steps_per_generation"
+        steps = self.steps_per_generation
+        if steps is None:
+            steps_name, steps = "gradient_accumulation_steps", self.gradient_accumulation_steps
+        if self.per_device_train_batch_size * steps % group:
+            multiple = lcm(steps, group)
+            batch_sizes = ", ".join(str(multiple * factor // steps) for factor in (1, 2, 3))
+            multiple = lcm(self.per_device_train_batch_size, group)
+            numbers = ", ".join(str(multiple * factor // self.per_device_train_batch_size) for factor in (1, 2, 3))
+            raise ValueError(
+                f"A process generates `per_device_train_batch_size` * `{steps_name}` = "
+                f"{self.per_device_train_batch_size} * {steps} = {self.per_device_train_batch_size * steps} "
+                f"completions at a time, which does not hold whole trees of {group} trajectories. Values that work: "
+                f"`per_device_train_batch_size` = {batch_sizes}, ... with `{steps_name}` = {steps}; or "
+                f"`{steps_name}` = {numbers}, ... with `per_device_train_batch_size` = "
+                f"{self.per_device_train_batch_size}."
+            )

@@ -1,0 +1,340 @@
+"""IBTPOTrainer: `GRPOTrainer` that grows trees and gives every step its own advantage.
+
+A thin adapter. It hooks into TRL where completions are generated, scored and given advantages, calls `super()` for
+everything else, and copies none of TRL's methods.
+"""
+
+import textwrap
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from trl import GRPOTrainer
+from trl.chat_template_utils import parse_response
+from trl.data_utils import is_conversational
+from trl.models import unwrap_model_for_generation
+
+from .advantages import ADVANTAGES, per_token
+from .engines import RolloutEngine
+from .engines.transformers import TransformersEngine
+from .growth import TreeGrower, grow_trees
+from .ibtpo_config import IBTPOConfig
+from .metrics import TreeMetrics
+from .rewards import RewardScorer
+from .steps import StepSplitter
+
+
+class IBTPOTrainer(GRPOTrainer):
+    """
+    Trainer for Information Bottleneck Tree-based Policy Optimization (IB-TPO), from the paper [Long Live The Balance:
+    Information Bottleneck Driven Tree-based Policy
+    Optimization](https://huggingface.co/papers/2605.28109).
+
+    A drop-in for [`~trl.GRPOTrainer`]. Where GRPO samples G independent completions per question, this trainer grows
+    one tree with G leaves: rollouts branch from the steps of highest IB-Score and share their prefix. Each step gets
+    the advantage `A_GL + ib_coef * A_IB`; the loss, the reference model, logging, checkpoints and everything else are
+    TRL's. Evaluation generates ordinary independent completions.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from trl.rewards import accuracy_reward
+    >>> from trl_ibtpo import IBTPOConfig, IBTPOTrainer
+
+    >>> trainer = IBTPOTrainer(
+    ...     model="Qwen/Qwen3-1.7B-Base",
+    ...     reward_funcs=accuracy_reward,
+    ...     args=IBTPOConfig(output_dir="Qwen3-1.7B-IBTPO"),
+    ...     train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, kwargs:
+            As in [`~trl.GRPOTrainer`], with [`IBTPOConfig`] for `args`. `tools`, `environment_factory` and
+            `rollout_func` are not supported: a tree branches inside a single completion.
+    """
+
+    _tag_names = ["trl", "ibtpo"]  # noqa: RUF012 - TRL's form
+    _name = "IB-TPO"
+    _paper = {  # noqa: RUF012 - TRL's form
+        "title": "Long Live The Balance: Information Bottleneck Driven Tree-based Policy Optimization",
+        "id": "2605.28109",
+        "citation": textwrap.dedent("""\
+            @inproceedings{ibtpo2026,
+                title        = {{Long Live The Balance: Information Bottleneck Driven Tree-based Policy Optimization}},
+                year         = 2026,
+                booktitle    = {International Conference on Machine Learning (ICML)},
+                eprint       = {arXiv:2605.28109},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel",
+        reward_funcs: Any = None,
+        args: IBTPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ):
+        if args is None:
+            model_name = model if isinstance(model, str) else model.config._name_or_path
+            args = IBTPOConfig(f"{model_name.split('/')[-1]}-IBTPO")
+        if not isinstance(args, IBTPOConfig):
+            raise TypeError(f"`args` is a {type(args).__name__}; IBTPOTrainer needs an IBTPOConfig.")
+        _refuse_unsupported(args, train_dataset, kwargs)
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self._check_process_share()
+        self._success_index = self._find_success_reward()
+        self._splitter = StepSplitter(self._tokenizer, args.step_delimiter)
+        self._tree_inputs: list[dict[str, Any]] = []  # dataset rows of the generation batch being made
+        self._growers: list[TreeGrower] = []
+        self._scorer: RewardScorer | None = None
+
+    def train(self, *args: Any, **kwargs: Any):
+        self.accelerator.print(self._describe())
+        return super().train(*args, **kwargs)
+
+    # ----- hooks into TRL: generation, rewards, advantages -----------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if not self.model.training:
+            return super()._generate_and_score_completions(inputs)
+        self._tree_inputs = inputs
+        try:
+            output = super()._generate_and_score_completions(inputs)
+            output["advantages"] = self._step_advantages(output["advantages"], output["completion_ids"])
+        finally:
+            self._tree_inputs, self._growers, self._scorer = [], [], None
+        return output
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        if not self.model.training:
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+            )
+        if images is not None:
+            raise ValueError(_NO_IMAGES)
+        self._growers, self._scorer = self._grow(self._tree_inputs, prompt_ids)
+        trajectories = [grower.tree.trajectory(leaf) for grower in self._growers for leaf in range(num_generations)]
+        completion_ids = [token_ids for token_ids, _ in trajectories]
+        # As in TRL, only vLLM's log-probabilities are passed on, to correct for its mismatch with the policy.
+        return completion_ids, [logprobs for _, logprobs in trajectories] if self.use_vllm else None
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        if not self.model.training:
+            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        scorer = self._scorer
+        if completions != scorer.completions:
+            raise RuntimeError(
+                "TRL decoded the completions differently than they were scored. This TRL release is not supported; "
+                "trl_ibtpo was tested with TRL 1.16."
+            )
+        for column, values in scorer.extra_columns.items():
+            self._log_completion_extra(column, values)
+        for name, calls in scorer.metrics.items():
+            leaves = sum(count for _, count in calls)
+            self._log_metric(name, sum(value * count for value, count in calls) / leaves)
+        rewards = torch.tensor(scorer.rewards, device=self.accelerator.device)
+        return self.accelerator.gather(rewards)
+
+    # ----- growth ----------------------------------------------------------------------------------------------------
+
+    def _grow(
+        self, inputs: list[dict[str, Any]], prompt_ids: list[list[int]]
+    ) -> tuple[list[TreeGrower], RewardScorer]:
+        """Grow one tree for each run of G equal prompts; makes no collective call while trees grow."""
+        group = self.num_generations
+        growers = []
+        for start in range(0, len(prompt_ids), group):
+            rows = prompt_ids[start : start + group]
+            if len(rows) < group or any(row != rows[0] for row in rows):
+                raise RuntimeError(
+                    f"Rows {start} to {start + len(rows) - 1} of the generation batch are not {group} copies of one "
+                    "prompt, so they cannot share a tree. Use the trainer's own sampler."
+                )
+            prompt_index = self.accelerator.process_index * len(prompt_ids) // group + len(growers)
+            seed = (self.args.seed, self.state.global_step, prompt_index)
+            growers.append(TreeGrower(rows[0], self.args.growth_settings, self._splitter, seed))
+        scorer = self._make_scorer(inputs, prompt_ids)
+        with (
+            self._engine() as engine,
+            tqdm(
+                total=len(prompt_ids),
+                desc="Growing trees",
+                unit="rollout",
+                leave=False,
+                delay=5,
+                disable=self.args.disable_tqdm or not self.accelerator.is_main_process,
+            ) as progress,
+        ):
+            grow_trees(growers, engine, scorer, on_rollout=progress.update)
+        return growers, scorer
+
+    @contextmanager
+    def _engine(self) -> "RolloutEngine":
+        """The rollout engine, holding what generation needs (gathered weights) until the batch is grown."""
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                generation_kwargs=self.generation_kwargs,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            yield TransformersEngine(model, self.generation_config, self._tokenizer.pad_token_id)
+
+    def _make_scorer(self, inputs: list[dict[str, Any]], prompt_ids: list[list[int]]) -> RewardScorer:
+        def decode(completion_ids: list[list[int]], rows: list[int]) -> list:
+            if not is_conversational(inputs[0]):
+                return self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+            if getattr(self._tokenizer, "response_template", None) or getattr(
+                self._tokenizer, "response_schema", None
+            ):
+                return [
+                    [parse_response(self._tokenizer, ids, prefix=prompt_ids[row], tools=[])]
+                    for ids, row in zip(completion_ids, rows, strict=True)
+                ]
+            contents = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+            return [[{"role": "assistant", "content": content}] for content in contents]
+
+        return RewardScorer(
+            inputs=inputs,
+            leaves_per_tree=self.num_generations,
+            reward_funcs=self.reward_funcs,
+            reward_names=self.reward_func_names,
+            reward_processing_classes=self.reward_processing_classes,
+            success_index=self._success_index,
+            decode=decode,
+            shared_arguments={"trainer_state": self.state},
+            event_loop=getattr(self, "async_loop", None),
+            chat_template_kwargs=self.chat_template_kwargs,
+            device=self.accelerator.device,
+        )
+
+    # ----- advantages ------------------------------------------------------------------------------------------------
+
+    def _step_advantages(self, advantages: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:
+        """Replace GRPO's advantage of each trajectory by those of its steps: `(B,)` to `(B, T)`."""
+        method = ADVANTAGES[self.args.advantage]
+        unscorable = np.isnan(self._scorer.rewards).all(axis=1)
+        advantage_B = np.where(unscorable, np.nan, advantages.cpu().double().numpy())
+        per_step = np.zeros(completion_ids.shape)
+        metrics = TreeMetrics()
+        row = 0
+        for grower in self._growers:
+            tree, scores = grower.tree, grower.scores()
+            leaf_advantages = advantage_B[row : row + len(tree.leaves)]
+            terms = method(tree, scores, leaf_advantages, self.args.ib_coef)
+            shared_by = tree.leaf_count()
+            metrics.add_tree(grower, scores)
+            for leaf, (global_S, local_S) in enumerate(zip(terms.global_terms, terms.local_terms, strict=True)):
+                metrics.add_trajectory(*(per_token(tree, leaf, term) for term in (global_S, local_S)))
+                values = global_S + local_S
+                if self.args.shared_token_weight == "once":
+                    values = values / shared_by[tree.path(tree.leaves[leaf])]
+                values_T = per_token(tree, leaf, values)
+                per_step[row, : len(values_T)] = values_T
+                row += 1
+        for name, value in metrics.reduce(self.accelerator).items():
+            self._metrics["train"][name].append(value)
+        self._rewrite_logged_advantages(per_step)
+        return torch.tensor(per_step, dtype=advantages.dtype, device=advantages.device)
+
+    def _rewrite_logged_advantages(self, per_step: np.ndarray) -> None:
+        """The completions table shows one number per trajectory: the mean over its tokens."""
+        lengths = [grower.tree.steps[leaf].end for grower in self._growers for leaf in grower.tree.leaves]
+        means = gather_object([float(row[:length].mean()) for row, length in zip(per_step, lengths, strict=True)])
+        for _ in means:
+            self._logs["advantages"].pop()
+        self._logs["advantages"].extend(means)
+
+    # ----- checks and words ------------------------------------------------------------------------------------------
+
+    def _check_process_share(self) -> None:
+        share = self.args.per_device_train_batch_size * self.args.steps_per_generation
+        if share % self.num_generations:
+            raise ValueError(
+                f"Each process generates {share} completions at a time (`generation_batch_size` = "
+                f"{self.args.generation_batch_size} over {self.accelerator.num_processes} processes), which does not "
+                f"hold whole trees of {self.num_generations} trajectories. Trees never span processes; use a multiple "
+                f"of {self.num_generations * self.accelerator.num_processes}."
+            )
+
+    def _find_success_reward(self) -> int:
+        name = self.args.success_reward
+        if name is None:
+            return 0
+        if name not in self.reward_func_names:
+            raise ValueError(
+                f"`success_reward` is {name!r}, which is not a reward function. Available: "
+                f"{', '.join(self.reward_func_names)}."
+            )
+        return self.reward_func_names.index(name)
+
+    def _describe(self) -> str:
+        args = self.args
+        if args.branching == "independent":
+            shape = f"{self.num_generations} independent completions per question"
+        else:
+            shape = (
+                f"trees of {self.num_generations} trajectories per question (B0={args.tree_initial_rollouts}, "
+                f"L={args.tree_levels}, K={args.tree_nodes_per_level}, B={args.tree_branches_per_node}), "
+                f"branching '{args.branching}'"
+            )
+        trees = args.per_device_train_batch_size * args.steps_per_generation // self.num_generations
+        engine = "vLLM, colocated" if self.use_vllm else "transformers (`use_vllm` is off)"
+        return (
+            f"IB-TPO: {shape}, {trees} per process and generation; advantage '{args.advantage}' "
+            f"(ib_coef={args.ib_coef}, ib_beta={args.ib_beta}); success from "
+            f"'{self.reward_func_names[self._success_index]}'; engine: {engine}."
+        )
+
+
+_NO_IMAGES = (
+    "Images are not supported in training: a tree branches text prefixes. Remove the 'image'/'images' columns, or "
+    "train this model with TRL's GRPOTrainer."
+)
+
+
+def _refuse_unsupported(args: IBTPOConfig, train_dataset: Any, kwargs: dict[str, Any]) -> None:
+    """Say before anything is loaded what cannot work, and what to do instead."""
+    for name in ("tools", "environment_factory", "rollout_func"):
+        if kwargs.get(name):
+            raise ValueError(
+                f"`{name}` is not supported: a tree branches inside a single completion. Leave it out, or train with "
+                "TRL's GRPOTrainer."
+            )
+    if args.use_transformers_continuous_batching:
+        raise ValueError(
+            "`use_transformers_continuous_batching` is not supported: it cannot give each rollout its own token "
+            "budget. Leave it off, or set `use_vllm=True`."
+        )
+    if train_dataset is None:
+        raise ValueError("`train_dataset` is required; it must have a column 'prompt'.")
+    columns = getattr(train_dataset, "column_names", None)
+    if columns is not None and "prompt" not in columns:
+        raise ValueError(
+            f"`train_dataset` has no column 'prompt' (it has: {', '.join(map(str, columns)) or 'none'}). Rename the "
+            "question's column, for example `dataset.rename_column('question', 'prompt')`."
+        )
+    if columns is not None and {"image", "images"} & set(columns):
+        raise ValueError(_NO_IMAGES)

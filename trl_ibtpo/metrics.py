@@ -1,0 +1,80 @@
+"""What is logged about trees, as sums and counts, so that means over processes are exact.
+
+tree/effective_rate     share of trees whose leaves differ in success (Eff-Rate)
+tree/average_success    mean success of the trajectories (Avg-Rate)
+tree/generated_tokens   newly sampled tokens per question, shared prefixes once
+tree/trajectory_tokens  tokens of all trajectories per question, shared prefixes once per trajectory
+tree/depth              steps per trajectory
+tree/branch_position    share of a branched trajectory that was inherited, 0 at the question
+ib/score                mean IB-Score of the steps with children
+ib/covariance           mean Cov(eta1, eta2) of the steps with at least two children
+ib/confidence           mean step confidence eta2
+advantages/global_std   standard deviation of A_GL over the tokens of all trajectories
+advantages/local_std    standard deviation of lambda * A_IB over the tokens of all trajectories
+"""
+
+from collections import defaultdict
+
+import numpy as np
+import torch
+
+from .growth import TreeGrower
+from .scores import TreeScores
+
+MEANS = (
+    "tree/effective_rate",
+    "tree/average_success",
+    "tree/generated_tokens",
+    "tree/trajectory_tokens",
+    "tree/depth",
+    "tree/branch_position",
+    "ib/score",
+    "ib/covariance",
+    "ib/confidence",
+)
+DEVIATIONS = ("advantages/global_std", "advantages/local_std")
+
+
+class TreeMetrics:
+    """Accumulates over the trees of one generation batch."""
+
+    def __init__(self):
+        self._sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))  # sum, sum of squares, count
+
+    def add_tree(self, grower: TreeGrower, scores: TreeScores) -> None:
+        tree, success = grower.tree, np.array(grower.success)
+        known = success[~np.isnan(success)]
+        self._add("tree/effective_rate", [len(known) > 0 and known.min() < known.max()])
+        self._add("tree/average_success", known)
+        self._add("tree/generated_tokens", [tree.generated_tokens])
+        self._add("tree/trajectory_tokens", [tree.trajectory_tokens])
+        self._add("tree/depth", [len(tree.path(leaf)) for leaf in tree.leaves])
+        branched = [(after, leaf) for after, leaf in zip(tree.branch_steps, tree.leaves, strict=True)]
+        branched = branched[grower.settings.initial_rollouts :]
+        self._add("tree/branch_position", [tree.steps[after].end / tree.steps[leaf].end for after, leaf in branched])
+        children = np.bincount(scores.parents[1:], minlength=len(scores.parents))
+        self._add("ib/score", scores.ib_score[children > 0])
+        self._add("ib/covariance", scores.covariance[children > 1])
+        self._add("ib/confidence", scores.confidence[1:])
+
+    def add_trajectory(self, global_T: np.ndarray, local_T: np.ndarray) -> None:
+        self._add("advantages/global_std", global_T)
+        self._add("advantages/local_std", local_T)
+
+    def reduce(self, accelerator) -> dict[str, float]:
+        """Means and standard deviations over all processes; one collective call. NaN where nothing was seen."""
+        names = (*MEANS, *DEVIATIONS)
+        local = torch.tensor(np.array([self._sums[name] for name in names]), device=accelerator.device)
+        total = accelerator.reduce(local.float(), reduction="sum").double().cpu().numpy()
+        values = {}
+        for name, (first, second, count) in zip(names, total, strict=True):
+            mean = first / count if count else float("nan")
+            if name in DEVIATIONS:
+                values[name] = float(np.sqrt(max(0.0, second / count - mean**2))) if count else float("nan")
+            else:
+                values[name] = float(mean)
+        return values
+
+    def _add(self, name: str, values) -> None:
+        values = np.asarray(values, dtype=np.float64)
+        self._sums[name] += (values.sum(), (values**2).sum(), values.size)

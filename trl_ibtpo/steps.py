@@ -1,0 +1,111 @@
+"""Cut a completion into steps: the text between blank lines.
+
+A step is a run of token ids that ends with the token that completes a delimiter (``"\\n\\n"`` in the paper), or with
+the completion. Three rules make the cut independent of what is sampled later, so that the steps of a prefix followed
+by the steps of its continuation are the steps of the whole:
+
+1. tokens are never divided: a delimiter inside a token, or split across tokens, ends the step at the end of the token
+   that completes it, and the delimiter belongs to the step it ends;
+2. the search starts afresh after every step;
+3. a step must say something: white space and delimiters at its head do not end it.
+
+Pure Python: the tokenizer is only asked for the text of single tokens.
+"""
+
+from collections.abc import Sequence
+
+
+def step_ends(token_texts: Sequence[bytes], delimiter: bytes) -> list[int]:
+    """End positions of the steps of one completion.
+
+    Args:
+        token_texts: UTF-8 bytes of each token, `b""` for special tokens. Shape `(T,)`.
+        delimiter: bytes that end a step.
+
+    Returns:
+        Increasing exclusive ends; the last is `T`. Empty for an empty completion.
+    """
+    ends: list[int] = []
+    text = b""
+    for position, token_text in enumerate(token_texts):
+        searched = len(text)
+        text = _skip_blank_head(text + token_text, delimiter) if not text else text + token_text
+        # Only the tail can hold a delimiter that was not there before this token.
+        if text and text.find(delimiter, max(1, searched - len(delimiter) + 1)) != -1:
+            ends.append(position + 1)
+            text = b""
+    if len(token_texts) and (not ends or ends[-1] != len(token_texts)):
+        ends.append(len(token_texts))
+    return ends
+
+
+def _skip_blank_head(text: bytes, delimiter: bytes) -> bytes:
+    """Drop white space and whole delimiters from the head of a step."""
+    while True:
+        stripped = text.lstrip().removeprefix(delimiter)
+        if stripped == text:
+            return text
+        text = stripped
+
+
+class StepSplitter:
+    """Cuts token ids into steps for one tokenizer.
+
+    Works for byte-level BPE (GPT-2, Llama 3, Qwen) and SentencePiece-style vocabularies (Llama 2, Gemma, Mistral).
+    The text of each token id is looked up once and kept, so memory is bounded by the vocabulary.
+
+    Args:
+        tokenizer: a `PreTrainedTokenizerBase`.
+        delimiter: text that ends a step, not empty.
+    """
+
+    def __init__(self, tokenizer, delimiter: str = "\n\n"):
+        if not delimiter:
+            raise ValueError("`step_delimiter` is empty; give the text that ends a step, for example '\\n\\n'.")
+        self.tokenizer = tokenizer
+        self.delimiter = delimiter.encode()
+        self._special_ids = frozenset(tokenizer.all_special_ids)
+        self._byte_level = _is_byte_level(tokenizer)
+        self._texts: dict[int, bytes] = {}
+
+    def ends(self, token_ids: Sequence[int]) -> list[int]:
+        """Exclusive end positions of the steps of `token_ids` (see `step_ends`)."""
+        return step_ends([self.text(token_id) for token_id in token_ids], self.delimiter)
+
+    def text(self, token_id: int) -> bytes:
+        """UTF-8 bytes that `token_id` adds to a text; `b""` for special tokens."""
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self._look_up(token_id)
+        return text
+
+    def _look_up(self, token_id: int) -> bytes:
+        if token_id in self._special_ids:
+            return b""
+        piece = self.tokenizer.convert_ids_to_tokens(int(token_id))
+        if piece is None:  # ids beyond the vocabulary, sampled from a padded embedding
+            return b""
+        if self._byte_level:
+            # Added tokens are stored as plain text, so a character outside the byte alphabet stands for itself.
+            return b"".join(_BYTE_OF_CHARACTER.get(character, character.encode()) for character in piece)
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("\u2581", " ").encode()
+
+
+def _is_byte_level(tokenizer) -> bool:
+    """Whether the vocabulary writes bytes as printable characters, as GPT-2 does (a line feed is then U+010A)."""
+    ids = tokenizer.encode("\n", add_special_tokens=False)
+    return any("\u010a" in (piece or "") for piece in tokenizer.convert_ids_to_tokens(ids))
+
+
+def _byte_alphabet() -> dict[str, bytes]:
+    """GPT-2's mapping: printable Latin-1 bytes stand for themselves, the rest are shifted to U+0100 and up."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    shifted = (byte for byte in range(256) if byte not in printable)
+    alphabet = {chr(byte): bytes([byte]) for byte in printable}
+    alphabet.update({chr(0x100 + offset): bytes([byte]) for offset, byte in enumerate(shifted)})
+    return alphabet
+
+
+_BYTE_OF_CHARACTER = _byte_alphabet()
