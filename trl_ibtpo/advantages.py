@@ -16,7 +16,7 @@ from .tree import RolloutTree
 
 @dataclass(frozen=True)
 class StepAdvantages:
-    """The two terms of the advantage of each step on each trajectory, in the order of its path; `L` lists of `(S,)`."""
+    """The two terms of each trajectory's step advantages, in the order of its path; one `(S,)` array a leaf."""
 
     global_terms: list[np.ndarray]  # A_GL
     local_terms: list[np.ndarray]  # lambda * A_IB
