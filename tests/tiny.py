@@ -124,3 +124,21 @@ def has_letter(completions, letter, **kwargs) -> list[float | None]:
         None if len(text_of(completion)) < 8 else text_of(completion).count(vowel) / 4
         for completion, vowel in zip(completions, letter, strict=True)
     ]
+
+
+# Arguments of a run that takes a second: sampling from the full distribution, so that trees differ in length.
+FAST = {
+    "max_steps": 3,
+    "max_completion_length": 32,
+    "learning_rate": 1e-3,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "logging_steps": 1,
+    "report_to": "none",
+    "save_strategy": "no",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}

@@ -77,10 +77,6 @@ class IBTPOConfig(GRPOConfig):
     """
 
     # Parameters whose default values are overridden from GRPOConfig
-    learning_rate: float = field(
-        default=1e-6,
-        metadata={"help": "The initial learning rate for AdamW."},
-    )
     per_device_train_batch_size: int | None = field(
         default=None,
         metadata={

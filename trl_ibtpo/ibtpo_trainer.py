@@ -18,6 +18,7 @@ from trl.chat_template_utils import parse_response
 from trl.data_utils import is_conversational
 from trl.models import unwrap_model_for_generation
 
+from . import compat
 from .advantages import ADVANTAGES, per_token
 from .engines import RolloutEngine
 from .engines.transformers import TransformersEngine
@@ -90,6 +91,7 @@ class IBTPOTrainer(GRPOTrainer):
             args = IBTPOConfig(f"{model_name.split('/')[-1]}-IBTPO")
         if not isinstance(args, IBTPOConfig):
             raise TypeError(f"`args` is a {type(args).__name__}; IBTPOTrainer needs an IBTPOConfig.")
+        compat.check_hooks(GRPOTrainer)
         _refuse_unsupported(args, train_dataset, kwargs)
         super().__init__(
             model=model,
@@ -110,6 +112,24 @@ class IBTPOTrainer(GRPOTrainer):
     def train(self, *args: Any, **kwargs: Any):
         self.accelerator.print(self._describe())
         return super().train(*args, **kwargs)
+
+    def grow_trees(self, rows: list[dict[str, Any]]) -> list[TreeGrower]:
+        """Grow one tree per dataset row with the current policy, as a training step would, without training on it.
+
+        Every process grows the rows that it is given.
+
+        Args:
+            rows: dataset rows, each with a `prompt` and the columns that the reward functions need.
+
+        Returns:
+            One grower per row: its `tree`, the `success` of each leaf and `scores()`.
+        """
+        inputs = [dict(row) for row in rows for _ in range(self.num_generations)]
+        prompt_ids, images, _ = self._tokenize_prompts([row["prompt"] for row in inputs])
+        if images is not None:
+            raise ValueError(_NO_IMAGES)
+        growers, _ = self._grow(inputs, prompt_ids)
+        return growers
 
     # ----- hooks into TRL: generation, rewards, advantages -----------------------------------------------------------
 

@@ -1,0 +1,30 @@
+"""Fixtures shared by all tests: tiny models in folders, as a user would name them, and quiet trainers."""
+
+import os
+
+os.environ.setdefault("CI", "1")  # no telemetry
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import tiny
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory) -> str:
+    """A tiny Qwen3 with a byte-level tokenizer."""
+    return tiny.save_tiny(tmp_path_factory.mktemp("model"), tiny.byte_level_tokenizer())
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Builds an IBTPOConfig that trains a few fast, reproducible steps; fields can be overridden."""
+    from trl_ibtpo import IBTPOConfig
+
+    def build(**overrides):
+        return IBTPOConfig(**{"output_dir": str(tmp_path / "out"), **tiny.FAST, **overrides})
+
+    return build
