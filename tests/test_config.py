@@ -69,6 +69,7 @@ WRONG_CONFIGS = {
     "negative levels": ({"tree_levels": -1}, "`tree_levels` is -1; it must be a whole number of at least 1"),
     "zero nodes": ({"tree_nodes_per_level": 0}, "`tree_nodes_per_level` is 0"),
     "fractional branches": ({"tree_branches_per_node": 1.5}, "`tree_branches_per_node` is 1.5"),
+    "negative lookahead": ({"branch_lookahead": -1}, "`branch_lookahead` is -1; it must be a whole number"),
     "one trajectory": ({"tree_initial_rollouts": 1, "tree_levels": 1}, "compare at least 2"),
     "contradicting G": (
         {"num_generations": 8},

@@ -47,7 +47,7 @@ class ReplayGRPOTrainer(GRPOTrainer):
 class ReplayEngine:
     """An engine that returns the given completions for the flat tree's requests."""
 
-    name = "replay"
+    name, max_length = "replay", None
 
     def __init__(self, replay: Replay):
         self.replay, self.queue = replay, []

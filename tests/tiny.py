@@ -81,7 +81,7 @@ def tiny_qwen3(tokenizer, *, tie_word_embeddings: bool = False, layers: int = 2,
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=16,
+        head_dim=32,  # the smallest that vLLM's CPU attention takes
         max_position_embeddings=256,
         tie_word_embeddings=tie_word_embeddings,
         eos_token_id=tokenizer.eos_token_id,
@@ -129,6 +129,7 @@ def has_letter(completions, letter, **kwargs) -> list[float | None]:
 # Arguments of a run that takes a second: sampling from the full distribution, so that trees differ in length.
 FAST = {
     "max_steps": 3,
+    "step_delimiter": "e",  # random models write it often, so their trees have many steps
     "max_completion_length": 32,
     "learning_rate": 1e-3,
     "temperature": 1.0,

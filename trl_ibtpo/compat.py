@@ -5,7 +5,13 @@ The hooks are methods of `GRPOTrainer` that are not public API; setup.cfg pins t
 
 import inspect
 
+from packaging.version import Version
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
 TESTED_TRL = "1.16"
+TESTED_VLLM = ("0.22", "0.31")
 
 # Overridden or called methods of GRPOTrainer and the parameters that they are relied on to have, `self` first.
 HOOKS: dict[str, tuple[str, ...]] = {
@@ -47,3 +53,18 @@ def check_hooks(trainer_class: type) -> None:
                 f"({', '.join(found)}), which trl_ibtpo builds on. Install the tested release: "
                 f"pip install 'trl~={TESTED_TRL}.0'."
             )
+
+
+def check_vllm() -> None:
+    """Raise `ImportError` where vLLM is missing, and warn where its version was not tested."""
+    oldest, newest = TESTED_VLLM
+    try:
+        import vllm
+    except ImportError as error:
+        raise ImportError(
+            f"`use_vllm=True` needs vLLM, which cannot be imported ({error}). Tested versions: {oldest} to {newest}. "
+            "Install one with: pip install 'trl_ibtpo[vllm]'."
+        ) from error
+    version = Version(vllm.__version__)
+    if not Version(oldest) <= Version(f"{version.major}.{version.minor}") <= Version(newest):
+        logger.warning(f"vLLM {version} was not tested with trl_ibtpo; versions {oldest} to {newest} were.")

@@ -44,6 +44,10 @@ class IBTPOConfig(GRPOConfig):
             Whether a round may choose the question itself. Where no other step can be branched, it is chosen anyway.
         allow_repeated_branching (`bool`, *optional*, defaults to `True`):
             Whether a step may be chosen in several rounds.
+        branch_lookahead (`int`, *optional*, defaults to `0`):
+            How many of the rollouts submitted last a round need not wait for. `0` is the paper exactly: a round is
+            chosen when all earlier ones are sampled and scored. A larger number keeps the engine fuller and chooses
+            with older scores.
         ib_beta (`float`, *optional*, defaults to `5.0`):
             Weight of the information about the answer in the IB-Score. The paper's \( \beta \); `beta` remains the
             KL coefficient.
@@ -170,6 +174,13 @@ class IBTPOConfig(GRPOConfig):
         default=True,
         metadata={"help": "Whether a step may be chosen in several rounds."},
     )
+    branch_lookahead: int = field(
+        default=0,
+        metadata={
+            "help": "How many of the rollouts submitted last a round need not wait for. 0 is the paper exactly; a "
+            "larger number keeps the engine fuller and chooses with older scores."
+        },
+    )
     ib_beta: float = field(
         default=5.0,
         metadata={"help": "Weight of the information about the answer in the IB-Score. The paper's beta."},
@@ -243,6 +254,7 @@ class IBTPOConfig(GRPOConfig):
             ib_beta=self.ib_beta,
             step_confidence=self.step_confidence,
             max_completion_length=self.max_completion_length,
+            branch_lookahead=self.branch_lookahead,
         )
 
     def _check_tree(self) -> None:
@@ -250,6 +262,10 @@ class IBTPOConfig(GRPOConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` is {value!r}; it must be a whole number of at least 1.")
+        if not isinstance(self.branch_lookahead, int) or self.branch_lookahead < 0:
+            raise ValueError(
+                f"`branch_lookahead` is {self.branch_lookahead!r}; it must be a whole number of at least 0 (the paper)."
+            )
         if self.growth_settings.leaves < 2:
             raise ValueError(
                 f"The tree has one trajectory (`tree_initial_rollouts` is {self.tree_initial_rollouts}, `tree_levels` "

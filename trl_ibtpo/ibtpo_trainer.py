@@ -5,7 +5,9 @@ everything else, and copies none of TRL's methods.
 """
 
 import textwrap
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,22 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.chat_template_utils import parse_response
 from trl.data_utils import is_conversational
+from trl.extras.profiling import profiling_context
+from trl.generation.vllm_client import VLLMClient
 from trl.models import unwrap_model_for_generation
 
 from . import compat
 from .advantages import ADVANTAGES, per_token
 from .engines import RolloutEngine
 from .engines.transformers import TransformersEngine
+from .engines.vllm import (
+    CPUVLLMGeneration,
+    VLLMEngine,
+    VLLMServerEngine,
+    check_room,
+    runs_on_cpu,
+    sampling_arguments,
+)
 from .growth import TreeGrower, grow_trees
 from .ibtpo_config import IBTPOConfig
 from .metrics import TreeMetrics
@@ -102,6 +114,8 @@ class IBTPOTrainer(GRPOTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if self.use_vllm and self.vllm_mode == "colocate" and runs_on_cpu():
+            self.vllm_generation = CPUVLLMGeneration.adopt(self.vllm_generation)
         self._check_process_share()
         self._success_index = self._find_success_reward()
         self._splitter = StepSplitter(self._tokenizer, args.step_delimiter)
@@ -180,18 +194,6 @@ class IBTPOTrainer(GRPOTrainer):
         self, inputs: list[dict[str, Any]], prompt_ids: list[list[int]]
     ) -> tuple[list[TreeGrower], RewardScorer]:
         """Grow one tree for each run of G equal prompts; makes no collective call while trees grow."""
-        group = self.num_generations
-        growers = []
-        for start in range(0, len(prompt_ids), group):
-            rows = prompt_ids[start : start + group]
-            if len(rows) < group or any(row != rows[0] for row in rows):
-                raise RuntimeError(
-                    f"Rows {start} to {start + len(rows) - 1} of the generation batch are not {group} copies of one "
-                    "prompt, so they cannot share a tree. Use the trainer's own sampler."
-                )
-            prompt_index = self.accelerator.process_index * len(prompt_ids) // group + len(growers)
-            seed = (self.args.seed, self.state.global_step, prompt_index)
-            growers.append(TreeGrower(rows[0], self.args.growth_settings, self._splitter, seed))
         scorer = self._make_scorer(inputs, prompt_ids)
         with (
             self._engine() as engine,
@@ -204,12 +206,43 @@ class IBTPOTrainer(GRPOTrainer):
                 disable=self.args.disable_tqdm or not self.accelerator.is_main_process,
             ) as progress,
         ):
+            growers = self._plant(prompt_ids, engine)
             grow_trees(growers, engine, scorer, on_rollout=progress.update)
         return growers, scorer
 
+    def _plant(self, prompt_ids: list[list[int]], engine: RolloutEngine) -> list[TreeGrower]:
+        """One grower for each run of G equal prompts."""
+        group, settings = self.num_generations, self.args.growth_settings
+        growers = []
+        for start in range(0, len(prompt_ids), group):
+            rows = prompt_ids[start : start + group]
+            if len(rows) < group or any(row != rows[0] for row in rows):
+                raise RuntimeError(
+                    f"Rows {start} to {start + len(rows) - 1} of the generation batch are not {group} copies of one "
+                    "prompt, so they cannot share a tree. Use the trainer's own sampler."
+                )
+            budget = settings.max_completion_length
+            if engine.max_length is not None:
+                budget = check_room(len(rows[0]), budget, engine.max_length)
+            prompt_index = self.accelerator.process_index * len(prompt_ids) // group + len(growers)
+            growers.append(
+                TreeGrower(
+                    rows[0],
+                    replace(settings, max_completion_length=budget),
+                    self._splitter,
+                    seed=(self.args.seed, self.state.global_step, prompt_index),
+                )
+            )
+        return growers
+
     @contextmanager
-    def _engine(self) -> "RolloutEngine":
-        """The rollout engine, holding what generation needs (gathered weights) until the batch is grown."""
+    def _engine(self) -> Iterator[RolloutEngine]:
+        """The rollout engine, holding what generation needs (weights in sync or gathered) until the batch is grown."""
+        if self.use_vllm:
+            self._sync_vllm()
+            with self._vllm_engine().awake() as engine:
+                yield engine
+            return
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -221,6 +254,30 @@ class IBTPOTrainer(GRPOTrainer):
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
             yield TransformersEngine(model, self.generation_config, self._tokenizer.pad_token_id)
+
+    def _sync_vllm(self) -> None:
+        """Push the weights once per optimizer step, as TRL does; sleeping weights are always pushed."""
+        generation = self.vllm_generation
+        asleep = self.vllm_mode == "colocate" and generation._llm_weights_sleeping
+        if self.state.global_step != self._last_loaded_step or asleep:
+            with profiling_context(self, "sync_weights"):
+                generation.sync_weights()
+            self._last_loaded_step = self.state.global_step
+            if self.vllm_mode == "server":  # only the main process pushes; nobody may sample before it is done
+                self.accelerator.wait_for_everyone()
+
+    def _vllm_engine(self) -> VLLMEngine | VLLMServerEngine:
+        if self.vllm_mode == "colocate":
+            return VLLMEngine(self.vllm_generation)
+        generation = self.vllm_generation
+        if not hasattr(generation, "vllm_client"):  # TRL connects the main process alone
+            generation.vllm_client = VLLMClient(
+                base_url=generation.server_base_url or f"http://{generation.server_host}:{generation.server_port}",
+                connection_timeout=generation.server_timeout,
+            )
+        client = generation.vllm_client
+        max_length = client.get_server_info()["model_config"]["max_model_len"]
+        return VLLMServerEngine(client, sampling_arguments(generation), max_length)
 
     def _make_scorer(self, inputs: list[dict[str, Any]], prompt_ids: list[list[int]]) -> RewardScorer:
         def decode(completion_ids: list[list[int]], rows: list[int]) -> list:
@@ -321,7 +378,7 @@ class IBTPOTrainer(GRPOTrainer):
                 f"branching '{args.branching}'"
             )
         trees = args.per_device_train_batch_size * args.steps_per_generation // self.num_generations
-        engine = "vLLM, colocated" if self.use_vllm else "transformers (`use_vllm` is off)"
+        engine = f"vLLM, {self.vllm_mode} mode" if self.use_vllm else "transformers (`use_vllm` is off)"
         return (
             f"IB-TPO: {shape}, {trees} per process and generation; advantage '{args.advantage}' "
             f"(ib_coef={args.ib_coef}, ib_beta={args.ib_beta}); success from "
@@ -348,6 +405,20 @@ def _refuse_unsupported(args: IBTPOConfig, train_dataset: Any, kwargs: dict[str,
             "`use_transformers_continuous_batching` is not supported: it cannot give each rollout its own token "
             "budget. Leave it off, or set `use_vllm=True`."
         )
+    if args.use_vllm:
+        compat.check_vllm()
+        if args.vllm_tensor_parallel_size > 1:
+            raise ValueError(
+                f"`vllm_tensor_parallel_size` is {args.vllm_tensor_parallel_size}, which is not supported: the "
+                "processes of a group would have to grow the same trees in step. Use 1 (each GPU has its own engine), "
+                "or `vllm_mode='server'` with a server that is itself tensor-parallel."
+            )
+        if args.vllm_structured_outputs_regex is not None or "structured_outputs" in (args.generation_kwargs or {}):
+            raise ValueError(
+                "Structured outputs (`vllm_structured_outputs_regex`) are not supported: a branch would match the "
+                "pattern from its own start, not from that of the completion. Leave it out, or train with TRL's "
+                "GRPOTrainer."
+            )
     if train_dataset is None:
         raise ValueError("`train_dataset` is required; it must have a column 'prompt'.")
     columns = getattr(train_dataset, "column_names", None)

@@ -41,11 +41,13 @@ class TreeScores:
 def step_confidence(tree: RolloutTree, kind: StepConfidence = "geometric_mean") -> np.ndarray:
     """`eta2`: probability of each step under the sampling policy, `(N,)`, NaN at the root.
 
-    `geometric_mean` is per token, `exp(mean log pi)`; `joint` is the product, `exp(sum log pi)`.
+    `geometric_mean` is per token, `exp(mean log pi)`; `joint` is the product, `exp(sum log pi)`. A token whose
+    log-probability the engine could not give (NaN) is left out.
     """
-    totals = np.array([sum(step.logprobs) for step in tree.steps])
+    known = [[logprob for logprob in step.logprobs if logprob == logprob] for step in tree.steps]
+    totals = np.array([sum(logprobs) for logprobs in known])
     if kind == "geometric_mean":
-        totals[1:] /= [len(step.logprobs) for step in tree.steps[1:]]
+        totals /= [len(logprobs) or 1 for logprobs in known]
     confidence = np.exp(totals)
     confidence[0] = np.nan
     return confidence

@@ -29,9 +29,10 @@ def step_ends(token_texts: Sequence[bytes], delimiter: bytes) -> list[int]:
     text = b""
     for position, token_text in enumerate(token_texts):
         searched = len(text)
-        text = _skip_blank_head(text + token_text, delimiter) if not text else text + token_text
+        # At every token, since a delimiter at the head may itself be split across tokens.
+        text = _skip_blank_head(text + token_text, delimiter)
         # Only the tail can hold a delimiter that was not there before this token.
-        if text and text.find(delimiter, max(1, searched - len(delimiter) + 1)) != -1:
+        if text.find(delimiter, max(0, searched - len(delimiter) + 1)) != -1:
             ends.append(position + 1)
             text = b""
     if len(token_texts) and (not ends or ends[-1] != len(token_texts)):
@@ -64,7 +65,9 @@ class StepSplitter:
             raise ValueError("`step_delimiter` is empty; give the text that ends a step, for example '\\n\\n'.")
         self.tokenizer = tokenizer
         self.delimiter = delimiter.encode()
-        self._special_ids = frozenset(tokenizer.all_special_ids)
+        # Special are also the added tokens that have no role of their own, such as the turn markers of chat templates.
+        added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special_ids = frozenset(tokenizer.all_special_ids) | added
         self._byte_level = _is_byte_level(tokenizer)
         self._texts: dict[int, bytes] = {}
 
@@ -86,8 +89,10 @@ class StepSplitter:
         if piece is None:  # ids beyond the vocabulary, sampled from a padded embedding
             return b""
         if self._byte_level:
-            # Added tokens are stored as plain text, so a character outside the byte alphabet stands for itself.
-            return b"".join(_BYTE_OF_CHARACTER.get(character, character.encode()) for character in piece)
+            # Added tokens are stored as plain text; as in decoding, one character outside the byte alphabet shows it.
+            if not all(character in _BYTE_OF_CHARACTER for character in piece):
+                return piece.encode()
+            return b"".join(_BYTE_OF_CHARACTER[character] for character in piece)
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:5], 16)])
         return piece.replace("\u2581", " ").encode()

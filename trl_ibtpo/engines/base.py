@@ -27,6 +27,9 @@ class Rollout:
 class RolloutEngine(Protocol):
     """Submit requests at any time; each `poll` does one unit of work and returns what has finished."""
 
+    name: str  # for logs
+    max_length: int | None  # tokens of prefix and continuation together, None for no limit
+
     def submit(self, requests: Sequence[RolloutRequest]) -> None: ...
 
     def poll(self) -> list[Rollout]: ...

@@ -33,6 +33,7 @@ class TransformersEngine:
     """
 
     name = "transformers"
+    max_length = None  # transformers generates past the model's positions, as in TRL
 
     def __init__(self, model: PreTrainedModel, generation_config: GenerationConfig, pad_token_id: int):
         self._model = model

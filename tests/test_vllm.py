@@ -1,0 +1,234 @@
+"""Trees inside the real vLLM engine, colocated, on a CPU."""
+
+import os
+import random
+import socket
+
+os.environ["VLLM_CPU_CI_ENV"] = "1"  # a quick start rather than fast steps
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from peft import LoraConfig
+
+from trl_ibtpo import IBTPOConfig, IBTPOTrainer
+from trl_ibtpo.engines import RolloutRequest
+from trl_ibtpo.engines.vllm import CPUVLLMGeneration, VLLMEngine, check_room
+from trl_ibtpo.growth import GrowthSettings, TreeGrower, grow_trees
+from trl_ibtpo.rewards import RewardFunctionError
+from trl_ibtpo.steps import StepSplitter
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_port():
+    """vLLM joins a process group; each test process needs a port of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+
+
+def vllm_arguments(output_dir, **overrides) -> IBTPOConfig:
+    return IBTPOConfig(str(output_dir), **{**tiny.FAST, "use_vllm": True, "learning_rate": 1e-2, **overrides})
+
+
+def sampled_difference(trainer) -> float:
+    """Mean |log-prob of vLLM - log-prob of the model| on tokens that vLLM samples now."""
+    engine = trainer._vllm_engine()
+    prompts = [trainer.processing_class.encode(row["prompt"]) for row in list(tiny.questions())[:4]]
+    engine.submit([RolloutRequest(f"probe{i}", ids, 24, seed=i) for i, ids in enumerate(prompts)])
+    differences = []
+    while engine._in_flight:
+        for rollout in engine.poll():
+            ids = prompts[int(rollout.request_id.removeprefix("probe"))] + rollout.token_ids
+            with torch.no_grad():
+                logits = trainer.accelerator.unwrap_model(trainer.model)(torch.tensor([ids])).logits[0].float()
+            expected = torch.log_softmax(logits, -1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+            differences += (expected[-len(rollout.token_ids) :] - torch.tensor(rollout.logprobs)).abs().tolist()
+    return float(np.mean(differences))
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory):
+    """A trainer after 3 steps with full weights and untied embeddings, shared by the tests below."""
+    folder = tmp_path_factory.mktemp("untied")
+    path = tiny.save_tiny(folder / "model", tiny.byte_level_tokenizer())
+    trainer = IBTPOTrainer(
+        path, tiny.even_length, vllm_arguments(folder / "out", per_device_train_batch_size=24), tiny.questions()
+    )
+    trainer.trees_at_start = grow(trainer, lambda engine: engine)
+    return train_and_check_sync(trainer)
+
+
+def train_and_check_sync(trainer) -> IBTPOTrainer:
+    """Train 3 steps; before every generation vLLM's log-probs must be those of the changed model."""
+    assert isinstance(trainer.vllm_generation, CPUVLLMGeneration)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    assert all(not torch.equal(before[name], trainer.model.get_parameter(name)) for name in trained)
+    logged = [entry for entry in trainer.state.log_history if "sampling/sampling_logp_difference/mean" in entry]
+    assert len(logged) == 3
+    for entry in logged:  # TRL's own measure, on the tokens of the trees
+        assert entry["sampling/sampling_logp_difference/mean"] < 0.05
+    stale = sampled_difference(trainer)
+    trainer._sync_vllm()
+    fresh = sampled_difference(trainer)
+    assert fresh < 0.05, f"vLLM is {fresh} from the model after a sync"
+    assert stale > 2 * fresh, "the last optimizer step changed nothing that vLLM could show"
+    return trainer
+
+
+def test_full_weights_untied(untied):
+    assert not untied.model.config.tie_word_embeddings
+    assert untied.state.log_history[0]["tree/generated_tokens"] < untied.state.log_history[0]["tree/trajectory_tokens"]
+
+
+class Shuffled:
+    """Passes a random part of what is submitted to vLLM now and the rest later, as other trees' work would."""
+
+    def __init__(self, engine, seed):
+        self.engine, self.random, self.waiting = engine, random.Random(seed), []
+        self.max_length = engine.max_length
+
+    def submit(self, requests):
+        self.waiting += requests
+
+    def poll(self):
+        self.random.shuffle(self.waiting)
+        count = self.random.randint(0, len(self.waiting)) if self.engine._in_flight else len(self.waiting)
+        self.engine.submit(self.waiting[:count])
+        self.waiting = self.waiting[count:]
+        return self.engine.poll()
+
+    def abort(self):
+        self.waiting = []
+        self.engine.abort()
+
+
+class EvenTokens:
+    """Scores a leaf by its number of tokens."""
+
+    def __init__(self):
+        self.scored = []
+
+    def submit(self, leaves):
+        self.scored += [(tree, number, float(len(ids) % 2 == 0)) for tree, number, ids in leaves]
+
+    def collect(self, wait):
+        scored, self.scored = self.scored, []
+        return scored
+
+    def cancel(self):
+        self.scored = []
+
+
+def grow(trainer, wrap, lookahead=0, questions=6) -> list:
+    settings = GrowthSettings(max_completion_length=40, branch_lookahead=lookahead)
+    splitter = StepSplitter(trainer.processing_class, "e")
+    growers = [
+        TreeGrower(trainer.processing_class.encode(row["prompt"]), settings, splitter, seed=(7, index))
+        for index, row in enumerate(list(tiny.questions())[:questions])
+    ]
+    engine = trainer._vllm_engine()
+    grow_trees(growers, wrap(engine), EvenTokens())
+    return [[grower.tree.trajectory(leaf)[0] for leaf in range(12)] for grower in growers]
+
+
+@pytest.mark.parametrize("lookahead", [0, 3])
+def test_trees_do_not_depend_on_interleaving(untied, lookahead):
+    expected = grow(untied, lambda engine: engine, lookahead)
+    for seed in range(2):
+        assert grow(untied, lambda engine, seed=seed: Shuffled(engine, seed), lookahead) == expected
+
+
+def in_engine(trainer) -> bool:
+    return trainer.vllm_generation.llm.llm_engine.has_unfinished_requests()
+
+
+def test_failing_reward_leaves_the_engine_empty(untied):
+    calls = 0
+
+    def fails_later(completions, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise ValueError("grader is down")
+        return [0.0] * len(completions)
+
+    working = untied.reward_funcs
+    untied.reward_funcs = [fails_later]
+    try:
+        with pytest.raises(RewardFunctionError, match="grader is down"):
+            untied.grow_trees(list(tiny.questions())[:3])
+    finally:
+        untied.reward_funcs = working
+    assert not in_engine(untied)
+    assert len(untied.grow_trees(list(tiny.questions())[:1])[0].tree.leaves) == 12
+
+
+def test_interrupt_leaves_the_engine_empty(untied):
+    class Interrupted(EvenTokens):
+        def submit(self, leaves):
+            raise KeyboardInterrupt
+
+    growers = [TreeGrower([5, 6, 7], GrowthSettings(max_completion_length=20), StepSplitter(untied.processing_class))]
+    with pytest.raises(KeyboardInterrupt):
+        grow_trees(growers, VLLMEngine(untied.vllm_generation), Interrupted())
+    assert not in_engine(untied)
+
+
+def test_prefix_cache_is_used(untied):
+    """Long enough prefixes come from the cache in whole blocks (128 tokens on a CPU)."""
+    engine = untied._vllm_engine()
+    prompt = [5 + index % 200 for index in range(200)]
+    for name in ("first", "second"):
+        engine.submit([RolloutRequest(name, prompt, 2, seed=0)])
+        while engine._in_flight:
+            engine.poll()
+    assert engine.cached_tokens >= 128 and engine.prefix_tokens == 400
+
+
+def test_prompt_that_leaves_no_room_is_named(untied):
+    row = {"prompt": "What is 3 + 4? " * 60, "letter": "a"}
+    with pytest.raises(ValueError, match=r"A prompt has \d+ tokens, but vLLM's context holds 256 .*`vllm_max_model"):
+        untied.grow_trees([row])
+    assert not in_engine(untied)
+
+
+def test_room():
+    assert check_room(10, 32, 256) == 32
+    assert check_room(250, 32, 256) == 6
+    with pytest.raises(ValueError, match="Set `vllm_max_model_length` to at least 288"):
+        check_room(256, 32, 256)
+
+
+UNSUPPORTED = {
+    "tensor parallel": ({"vllm_tensor_parallel_size": 2}, "`vllm_tensor_parallel_size` is 2, which is not supported"),
+    "structured outputs": ({"vllm_structured_outputs_regex": "a+"}, "Structured outputs .* are not supported"),
+}
+
+
+@pytest.mark.parametrize("overrides, message", UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_unsupported(tmp_path, model_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        IBTPOTrainer(model_path, tiny.even_length, vllm_arguments(tmp_path, **overrides), tiny.questions())
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=8, target_modules="all-linear")], ids=["full", "lora"])
+def test_tied_embeddings(tmp_path, peft_config):
+    """Last in this file: an engine that ends takes vLLM's process group with it, the shared engine's too."""
+    path = tiny.save_tiny(tmp_path / "model", tiny.byte_level_tokenizer(), tie_word_embeddings=True)
+    arguments = vllm_arguments(tmp_path / "out", learning_rate=1e-2 if peft_config is None else 0.1)
+    train_and_check_sync(IBTPOTrainer(path, tiny.even_length, arguments, tiny.questions(), peft_config=peft_config))
+
+
+def test_trees_do_not_depend_on_max_num_seqs(tmp_path, untied):
+    """The same untrained model in an engine that runs half as many sequences at a time; at the end, as above."""
+    arguments = vllm_arguments(tmp_path, per_device_train_batch_size=12)
+    trainer = IBTPOTrainer(untied.model.name_or_path, tiny.even_length, arguments, tiny.questions())
+    limits = [each.vllm_generation.llm.llm_engine.vllm_config.scheduler_config for each in (untied, trainer)]
+    assert [limit.max_num_seqs for limit in limits] == [24, 12]
+    assert grow(trainer, lambda engine: engine) == untied.trees_at_start

@@ -1,0 +1,219 @@
+"""Rollouts with vLLM: trees grow inside the continuous batch of an engine that TRL made.
+
+`VLLMEngine` drives the colocated engine: `submit` adds requests, `poll` is one engine step, so trees at different
+rounds share every batch. `VLLMServerEngine` sends each rollout to a `vllm serve` of its own requests. Prefixes are
+token ids, so vLLM's prefix cache (on by default) finds the blocks that earlier rollouts left behind.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any
+
+from transformers.utils import logging
+from trl.generation.vllm_generation import VLLMGeneration
+
+from .base import Rollout, RolloutRequest
+
+logger = logging.get_logger(__name__)
+
+
+def sampling_arguments(generation: VLLMGeneration) -> dict[str, Any]:
+    """What TRL samples with, as arguments of vLLM's `SamplingParams`; budget and seed come with each request."""
+    return {
+        "repetition_penalty": generation.repetition_penalty,
+        "temperature": generation.temperature,
+        "top_p": generation.top_p,
+        "top_k": generation.top_k,
+        "min_p": generation.min_p or 0.0,
+        **generation.generation_kwargs,
+        "n": 1,
+        "logprobs": 0,  # the sampled token's
+    }
+
+
+class VLLMEngine:
+    """The colocated engine.
+
+    Use `awake` around a generation batch. Each request has its own seed, so a rollout depends on its prefix and seed
+    alone, not on what else is in the batch.
+
+    Args:
+        generation: TRL's, in colocate mode, its weights in sync.
+    """
+
+    name = "vLLM, colocated"
+    _batches = itertools.count()  # makes request ids unique in an engine that outlives this object
+
+    def __init__(self, generation: VLLMGeneration):
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        self._generation = generation
+        self._llm_engine = generation.llm.llm_engine
+        self.max_length: int = self._llm_engine.vllm_config.model_config.max_model_len
+        self._sampling = {
+            **sampling_arguments(generation),
+            "output_kind": RequestOutputKind.FINAL_ONLY,
+            "detokenize": bool(generation.generation_kwargs.get("stop")),
+        }
+        self._sampling_params = SamplingParams
+        self._prefix = f"tree-{next(self._batches)}-"
+        self._in_flight: set[str] = set()
+        self.cached_tokens = 0  # prefix tokens that were not computed again
+        self.prefix_tokens = 0
+
+    @contextmanager
+    def awake(self) -> Iterator["VLLMEngine"]:
+        """Keep the engine awake from the first to the last rollout; it sleeps once, after them."""
+        generation = self._generation
+        if generation.enable_sleep_mode:
+            generation.llm.wake_up(tags=["kv_cache"])
+        try:
+            yield self
+        finally:
+            if generation.enable_sleep_mode:
+                # Level 2 drops weights and prefix cache; TRL pushes the weights again before the next batch.
+                generation.llm.sleep(level=2)
+                generation._llm_weights_sleeping = True
+
+    def submit(self, requests: Sequence[RolloutRequest]) -> None:
+        for request in requests:
+            parameters = self._sampling_params(**self._sampling, max_tokens=request.max_tokens, seed=request.seed)
+            request_id = self._prefix + request.request_id
+            self._llm_engine.add_request(request_id, {"prompt_token_ids": request.prefix_ids}, parameters)
+            self._in_flight.add(request_id)
+
+    def poll(self) -> list[Rollout]:
+        rollouts = []
+        for output in self._llm_engine.step():
+            if not output.finished or output.request_id not in self._in_flight:
+                continue
+            self._in_flight.remove(output.request_id)
+            self.cached_tokens += output.num_cached_tokens or 0
+            self.prefix_tokens += len(output.prompt_token_ids)
+            completion = output.outputs[0]
+            token_ids = list(completion.token_ids)
+            logprobs = [
+                entry[token_id].logprob for entry, token_id in zip(completion.logprobs, token_ids, strict=True)
+            ]
+            rollouts.append(Rollout(output.request_id.removeprefix(self._prefix), token_ids, logprobs))
+        return rollouts
+
+    def abort(self) -> None:
+        if self._in_flight:
+            self._llm_engine.abort_request(list(self._in_flight))
+            self._in_flight.clear()
+
+
+class VLLMServerEngine:
+    """A `vllm serve` on another machine, through TRL's client; every rollout is a request of its own.
+
+    The server batches what arrives, so trees need not wait for each other here either. A poll returns as soon as one
+    rollout is finished.
+
+    Args:
+        client: TRL's `VLLMClient`.
+        sampling: see `sampling_arguments`.
+        max_length: of the server's model, question and completion together.
+        max_concurrent_requests: open connections at a time.
+    """
+
+    name = "vLLM server"
+
+    def __init__(self, client: Any, sampling: dict[str, Any], max_length: int, max_concurrent_requests: int = 256):
+        self.max_length = max_length
+        self._client = client
+        self._sampling = {key: value for key, value in sampling.items() if key != "n"}
+        self._executor = ThreadPoolExecutor(max_workers=max_concurrent_requests)
+        self._in_flight: dict[Future, str] = {}
+
+    @contextmanager
+    def awake(self) -> Iterator["VLLMServerEngine"]:
+        try:
+            yield self
+        finally:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def submit(self, requests: Sequence[RolloutRequest]) -> None:
+        for request in requests:
+            self._in_flight[self._executor.submit(self._generate, request)] = request.request_id
+
+    def poll(self) -> list[Rollout]:
+        finished, _ = wait(self._in_flight, return_when=FIRST_COMPLETED)
+        return [Rollout(self._in_flight.pop(future), *future.result()) for future in finished]
+
+    def abort(self) -> None:
+        # A request that the server is working on ends there by its own budget; its answer is not read.
+        for future in self._in_flight:
+            future.cancel()
+        self._in_flight.clear()
+
+    def _generate(self, request: RolloutRequest) -> tuple[list[int], list[float]]:
+        known = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p", "logprobs")
+        extra = {key: value for key, value in self._sampling.items() if key not in known}
+        output = self._client.generate(
+            prompts=[request.prefix_ids],
+            max_tokens=request.max_tokens,
+            generation_kwargs={**extra, "seed": request.seed},
+            **{key: self._sampling[key] for key in known},
+        )
+        logprobs = [math.nan if values[0] is None else values[0] for values in output["logprobs"][0]]
+        return output["completion_ids"][0], logprobs
+
+
+class CPUVLLMGeneration(VLLMGeneration):
+    """TRL's vLLM backend where vLLM runs on a CPU, which differs in how weights get in.
+
+    vLLM's CPU build repacks Linear weights when it loads them, and TRL's parameter-wise `load_weights` cannot write to
+    packed ones. This takes vLLM's own `reload_weights` instead, then packs a tied LM head again: it has a packed copy
+    of the embeddings, which reloading does not touch.
+    """
+
+    @classmethod
+    def adopt(cls, generation: VLLMGeneration) -> "CPUVLLMGeneration":
+        """Take over an engine that TRL has started."""
+        adopted = cls.__new__(cls)
+        adopted.__dict__ = generation.__dict__
+        return adopted
+
+    def sync_weights(self) -> None:
+        # Cloned, since a LoRA merge is undone and the optimizer writes in place while vLLM may still hold the tensor.
+        weights = ((name, parameter.clone()) for name, parameter in self._iter_named_params())
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        model = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
+        lm_head = getattr(model, "lm_head", None)
+        if lm_head is not None and getattr(model.config, "tie_word_embeddings", False):
+            lm_head.quant_method.process_weights_after_loading(lm_head)
+        self.llm.reset_prefix_cache()
+
+
+def runs_on_cpu() -> bool:
+    """Whether the installed vLLM is a CPU build."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
+
+
+def check_room(prompt_length: int, max_completion_length: int, max_length: int) -> int:
+    """Completion tokens that fit behind a question.
+
+    vLLM shortens a completion that does not fit without a word; here it is said once. A question that leaves no room
+    at all is an error.
+    """
+    room = max_length - prompt_length
+    if room < 1:
+        raise ValueError(
+            f"A prompt has {prompt_length} tokens, but vLLM's context holds {max_length} for prompt and completion "
+            f"together. Set `vllm_max_model_length` to at least {prompt_length + max_completion_length} (prompt plus "
+            "`max_completion_length`), or drop long prompts from the dataset."
+        )
+    if room < max_completion_length:
+        logger.warning_once(
+            f"A prompt of {prompt_length} tokens leaves {room} of the {max_completion_length} tokens of "
+            f"`max_completion_length`, since vLLM's context holds {max_length}. Raise `vllm_max_model_length` to use "
+            "all of them. Said once."
+        )
+    return min(room, max_completion_length)
