@@ -116,18 +116,20 @@ class RewardScorer:
                 self._record(call, index, lambda func=func: func(**call.arguments))
 
     def collect(self, wait: bool) -> list[tuple[int, int, float]]:
-        if wait and self._calls and all(call.pending for call in self._calls):
+        while True:
+            for call in self._calls:
+                for future in [future for future in call.pending if future.done()]:
+                    self._record(call, call.pending.pop(future), future.result)
+            complete = [call for call in self._calls if not call.pending]
+            self._calls = [call for call in self._calls if call.pending]
+            if complete or not wait or not self._calls:
+                break
+            # One of several functions may finish first, which completes no leaf yet.
             futures = [future for call in self._calls for future in call.pending]
             concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_COMPLETED)
-        for call in self._calls:
-            for future in [future for future in call.pending if future.done()]:
-                self._record(call, call.pending.pop(future), future.result)
-        complete = [call for call in self._calls if not call.pending]
-        self._calls = [call for call in self._calls if call.pending]
-        if wait and self._calls and not complete:  # one of several functions finished; wait for the rest of its call
-            return self.collect(wait)
         rows = [row for call in complete for row in call.rows]
-        return [(*divmod(row, self._leaves_per_tree), float(self.rewards[row, self._success_index])) for row in rows]
+        success = np.clip(self.rewards[rows, self._success_index], 0, 1).tolist()
+        return [(*divmod(row, self._leaves_per_tree), value) for row, value in zip(rows, success, strict=True)]
 
     def cancel(self) -> None:
         for call in self._calls:
@@ -147,26 +149,28 @@ class RewardScorer:
                 f"Original traceback:\n{''.join(traceback.format_exception(error))}"
             ) from error
         try:
-            values = [math.nan if value is None else float(value) for value in values]
-        except TypeError as error:
+            if isinstance(values, (str, dict)):  # iterable, but not over rewards
+                raise TypeError
+            numbers = [math.nan if value is None else float(value) for value in values]
+        except (TypeError, ValueError, RuntimeError) as error:
             raise RewardFunctionError(
                 f"The reward function '{name}' returned {values!r}; it must return a list with one number or None "
                 "per completion."
             ) from error
-        if len(values) != len(call.rows):
+        if len(numbers) != len(call.rows):
             raise RewardFunctionError(
-                f"The reward function '{name}' returned {len(values)} rewards, but {len(call.rows)} were expected: "
+                f"The reward function '{name}' returned {len(numbers)} rewards, but {len(call.rows)} were expected: "
                 "one per completion."
             )
         if index == self._success_index:
-            for value in values:
+            for value in numbers:
                 if not (math.isnan(value) or -1e-6 <= value <= 1 + 1e-6):
                     raise RewardFunctionError(
                         f"The reward function '{name}' returned {value}, but it is the success of a completion and "
                         "must lie in [0, 1]. Rescale it, or name another reward function in `success_reward` "
                         f"(available: {', '.join(self._reward_names)})."
                     )
-        self.rewards[call.rows, index] = values
+        self.rewards[call.rows, index] = numbers
 
     def _run_model(self, index: int, arguments: dict[str, Any]) -> list[float]:
         """Score with a sequence-classification model: its first logit."""

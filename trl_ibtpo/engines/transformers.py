@@ -41,7 +41,9 @@ class TransformersEngine:
         self._warpers = _warpers(generation_config)
         # The warpers run as custom processors, so that the recorder can come after them.
         self._config = deepcopy(generation_config)
-        self._config.update(temperature=1.0, top_k=0, top_p=1.0, min_p=None)
+        # `generate` fills a None from the checkpoint's generation config, so its min_p needs a neutral number.
+        min_p = None if model.generation_config.min_p is None else 0.0
+        self._config.update(temperature=1.0, top_k=0, top_p=1.0, min_p=min_p)
         stop_ids = generation_config.eos_token_id
         self._stop_ids = frozenset([stop_ids] if isinstance(stop_ids, int) else stop_ids or [])
         self._queue: list[RolloutRequest] = []

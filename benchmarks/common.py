@@ -1,0 +1,45 @@
+"""What all benchmarks share: arguments, models made on the spot, tables, rows as JSON."""
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # tiny: tokenizers made without a network
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    arguments.add_argument("--quick", action="store_true", help="smaller sizes, same code path")
+    arguments.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
+    return arguments
+
+
+def report(title: str, rows: Sequence[dict[str, Any]], json_file: Path | None) -> None:
+    """Print rows of equal keys as a table, and write them as a list of flat JSON objects."""
+    table = Table(title=f"{title} ({platform.machine()}, {date.today()})")
+    for key in rows[0]:
+        table.add_column(key, justify="right")
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console(width=200).print(table)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(list(rows), indent=1) + "\n")
+
+
+def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Mean and standard error of the mean."""
+    values = np.asarray(values, dtype=np.float64)
+    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
+    return float(values.mean()), float(error)

@@ -1,0 +1,214 @@
+"""What growing trees costs in vLLM, against independent sampling of the same number of tokens.
+
+    python -m benchmarks.rollouts [--quick] [--questions 8 32 128] [--json FILE]
+
+The engine is real; lengths are scripted (lognormal, the same for all modes), since random weights have none of their
+own. Modes, all with the paper's tree (4, 9, 1, 1) unless said:
+
+- `independent`: 8 rollouts per question, about the tokens of a tree; every ratio is to this;
+- `independent_12`: as many rollouts as the tree has trajectories;
+- `lock_step`: every round waits for all trees;
+- `tree` with `lookahead` 0 (the paper, without barriers between trees), 1, 2, 4, 6, 8.
+
+`steps_per_token` counts engine steps and does not depend on the machine; where a step costs the same whatever the
+batch, as on a GPU bound by memory, wall clock tends to it.
+"""
+
+import os
+import random
+import tempfile
+import time
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from benchmarks import common
+from trl_ibtpo.engines import RolloutRequest
+from trl_ibtpo.engines.vllm import VLLMEngine
+from trl_ibtpo.growth import GrowthSettings, TreeGrower, grow_trees
+
+PROMPT_TOKENS, STEP_TOKENS = 64, 12
+MEDIAN_LENGTH, LENGTH_SIGMA, MAX_LENGTH = 80, 0.6, 256  # tokens of a completion
+
+
+class FixedSteps:
+    """Steps of a fixed number of tokens: random weights write no blank lines."""
+
+    def ends(self, token_ids):
+        return [*range(STEP_TOKENS, len(token_ids), STEP_TOKENS), len(token_ids)]
+
+
+class ScriptedLengths(VLLMEngine):
+    """The colocated engine on scripted completion lengths, counting its steps and the time spent in vLLM."""
+
+    def __init__(self, generation, seed: int):
+        super().__init__(generation)
+        self._sampling["ignore_eos"] = True
+        self._script = seed
+        self.steps, self.inside = 0, 0.0
+
+    def submit(self, requests):
+        begin = time.perf_counter()
+        super().submit([self._with_length(request) for request in requests])
+        self.inside += time.perf_counter() - begin
+
+    def poll(self):
+        step = self._llm_engine.step
+        begin = time.perf_counter()
+        outputs = step()
+        self.inside += time.perf_counter() - begin
+        self.steps += 1
+        self._llm_engine.step = lambda: outputs
+        try:
+            return super().poll()
+        finally:
+            del self._llm_engine.step
+
+    def _with_length(self, request: RolloutRequest) -> RolloutRequest:
+        """A completion goes on until a total length drawn from the lengths that its prefix has not yet passed."""
+        rng = random.Random(request.seed + self._script)
+        done = len(request.prefix_ids) - PROMPT_TOKENS
+        question = random.Random(hash(tuple(request.prefix_ids[:PROMPT_TOKENS])))
+        median = MEDIAN_LENGTH * np.exp(question.gauss(0, LENGTH_SIGMA / 2))
+        total = next(
+            (t for t in (rng.lognormvariate(np.log(median), LENGTH_SIGMA) for _ in range(200)) if t >= done + 1),
+            done + STEP_TOKENS,
+        )
+        budget = max(1, min(request.max_tokens, int(total) - done))
+        return RolloutRequest(request.request_id, request.prefix_ids, budget, request.seed)
+
+
+class LockStep:
+    """Makes every poll wait for all that was submitted."""
+
+    def __init__(self, engine):
+        self.engine, self.max_length = engine, engine.max_length
+
+    def submit(self, requests):
+        self.engine.submit(requests)
+
+    def poll(self):
+        finished = []
+        while self.engine._in_flight:
+            finished += self.engine.poll()
+        return finished
+
+    def abort(self):
+        self.engine.abort()
+
+
+class CoinReward:
+    """One completion in five is right, decided by its tokens."""
+
+    def __init__(self):
+        self.scored = []
+
+    def submit(self, leaves):
+        self.scored += [(tree, number, float(sum(ids) % 5 == 0)) for tree, number, ids in leaves]
+
+    def collect(self, wait):
+        scored, self.scored = self.scored, []
+        return scored
+
+    def cancel(self):
+        self.scored = []
+
+
+@dataclass
+class Mode:
+    name: str
+    lookahead: int = 0
+    settings: dict = field(default_factory=dict)
+    lock_step: bool = False
+
+
+INDEPENDENT = {"branching": "independent", "levels": 1}
+MODES = [
+    Mode("independent", settings={**INDEPENDENT, "initial_rollouts": 8}),
+    Mode("independent_12", settings={**INDEPENDENT, "initial_rollouts": 12}),
+    Mode("lock_step", lock_step=True),
+    *(Mode("tree", lookahead) for lookahead in (0, 1, 2, 4, 6, 8)),
+]
+
+
+def start_engine(layers: int, hidden: int, max_num_seqs: int) -> SimpleNamespace:
+    """A random Qwen3 in an engine inside this process, as TRL starts it, with what `VLLMEngine` reads of TRL's."""
+    import tiny
+    from vllm import LLM
+
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
+    path = tiny.save_tiny(tempfile.mkdtemp(), tiny.byte_level_tokenizer(), layers=layers, hidden=hidden)
+    llm = LLM(
+        model=path,
+        max_model_len=PROMPT_TOKENS + MAX_LENGTH,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=4096,
+        block_size=32,  # the smallest on a CPU; 16 on a GPU
+        hf_overrides={"max_position_embeddings": PROMPT_TOKENS + MAX_LENGTH},
+        logprobs_mode="processed_logprobs",
+        distributed_executor_backend="external_launcher",
+    )
+    sampling = {"repetition_penalty": 1.0, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    return SimpleNamespace(llm=llm, enable_sleep_mode=False, generation_kwargs={}, **sampling)
+
+
+def run(generation, mode: Mode, questions: int, seed: int) -> dict[str, float]:
+    """Grow all trees once."""
+    generation.llm.reset_prefix_cache()
+    rng = random.Random(1000 * questions + seed)
+    settings = GrowthSettings(max_completion_length=MAX_LENGTH, branch_lookahead=mode.lookahead, **mode.settings)
+    growers = [
+        TreeGrower([rng.randrange(5, 300) for _ in range(PROMPT_TOKENS)], settings, FixedSteps(), (seed, index))
+        for index in range(questions)
+    ]
+    engine = ScriptedLengths(generation, seed)
+    begin = time.perf_counter()
+    grow_trees(growers, LockStep(engine) if mode.lock_step else engine, CoinReward())
+    seconds = time.perf_counter() - begin
+    tokens = sum(grower.tree.generated_tokens for grower in growers)
+    return {
+        "generated_tokens": tokens / questions,
+        "seconds_per_token": seconds / tokens,
+        "steps_per_token": engine.steps / tokens,
+        "cached_share": engine.cached_tokens / engine.prefix_tokens,
+        "own_share": 1 - engine.inside / seconds,
+    }
+
+
+def main() -> None:
+    arguments = common.parser(__doc__.splitlines()[0])
+    arguments.add_argument("--questions", type=int, nargs="+", default=[8, 32, 128])
+    arguments.add_argument("--repeats", type=int, default=3)
+    arguments.add_argument("--layers", type=int, default=8)
+    arguments.add_argument("--hidden", type=int, default=256)
+    args = arguments.parse_args()
+    if args.quick:
+        args.questions, args.repeats, args.layers, args.hidden = [8], 1, 2, 64
+        os.environ["VLLM_CPU_CI_ENV"] = "1"  # starts the engine sooner
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    generation = start_engine(args.layers, args.hidden, max_num_seqs=12 * max(args.questions))
+    run(generation, MODES[0], min(args.questions), seed=99)  # warm up
+    rows = []
+    with tqdm(total=len(args.questions) * args.repeats * len(MODES), unit="run") as progress:
+        for questions in args.questions:
+            runs = {index: [] for index in range(len(MODES))}
+            for repeat in range(args.repeats):  # interleaved: every repeat measures every mode
+                for index, mode in enumerate(MODES):
+                    progress.set_description(f"{questions} questions, {mode.name} {mode.lookahead}")
+                    runs[index].append(run(generation, mode, questions, seed=repeat))
+                    progress.update()
+            for index, mode in enumerate(MODES):
+                row = {"mode": mode.name, "questions": questions, "lookahead": mode.lookahead}
+                row |= {key: float(np.mean([each[key] for each in runs[index]])) for key in runs[index][0]}
+                for name, key in (("time_ratio", "seconds_per_token"), ("step_ratio", "steps_per_token")):
+                    ratios = [mine[key] / base[key] for mine, base in zip(runs[index], runs[0], strict=True)]
+                    row[name], row[f"{name}_se"] = common.mean_and_error(ratios)
+                rows.append(row)
+    common.report("Growing trees in vLLM", rows, args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Step advantages against the trees worked out in `test_scores`, and the properties training relies on."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_scores import NAN, TREES, build, leaves_under, trees
+
+from trl_ibtpo.advantages import grpo, ibtpo, per_token
+from trl_ibtpo.scores import score_tree
+
+
+def trl_advantages(rewards: list[float]) -> np.ndarray:
+    """What TRL gives each trajectory: `(R - mean) / (std + 1e-4)`, unscorable ones left out."""
+    rewards = np.array(rewards, dtype=float)
+    known = rewards[~np.isnan(rewards)]
+    return (rewards - known.mean()) / (known.std(ddof=1) + 1e-4)
+
+
+def by_step(tree, terms_L: list[np.ndarray]) -> np.ndarray:
+    """One value per step from one array per trajectory; every trajectory through a step must agree on it."""
+    values = np.full(len(tree.steps), NAN)
+    for leaf, terms in zip(tree.leaves, terms_L, strict=True):
+        for step, value in zip(tree.path(leaf), terms, strict=True):
+            assert math.isnan(values[step]) or values[step] == value
+            values[step] = value
+    return values
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_hand_worked_advantages(name):
+    worked = TREES[name]
+    tree = worked.tree
+    scores = score_tree(tree, worked.success, beta=worked.beta, confidence_kind=worked.confidence_kind)
+    terms = ibtpo(tree, scores, trl_advantages(worked.success), 0.1)
+    global_N, local_N = by_step(tree, terms.global_terms), by_step(tree, terms.local_terms)
+    for step in range(1, len(tree.steps)):
+        assert global_N[step] == pytest.approx(worked.a_gl[step], abs=2e-5)
+        assert local_N[step] == pytest.approx(0.1 * worked.a_ib[step], abs=2e-6)
+        assert global_N[step] + local_N[step] == pytest.approx(worked.total[step], abs=2e-5)
+
+
+def test_unscorable_trajectory_keeps_the_advantage_of_what_it_shares():
+    # 0 -- 1 (.8) +- 2 (.5) right, +- 3 (.4) unscorable, branched;  0 -- 4 (.6) wrong
+    tree = build([(0, [0.8, 0.5]), (1, [0.4]), (0, [0.6])])
+    terms = ibtpo(tree, score_tree(tree, [1, NAN, 0], beta=5), np.array([1.0, NAN, -1.0]), 0.0)
+    # Step 1 has one scored leaf, of advantage 1; the unscorable trajectory passes through it and then through step 3.
+    assert [list(values) for values in terms.global_terms] == [[1, 1], [1, 0], [-1]]
+
+
+def test_global_and_local_terms_know_their_own_rewards():
+    """A leaf may have an advantage (other reward functions spoke) and no known success, and the reverse."""
+    tree = build([(0, [0.5]), (0, [0.5]), (0, [0.5])])
+    scores = score_tree(tree, [1, 0, NAN], beta=5)
+    terms = ibtpo(tree, scores, np.array([NAN, -0.5, 0.25]), 1.0)
+    # p(root) = 1/2: rho = 2 and 0, eta1 = .8 and -1.2, times .5
+    assert [value[0] for value in terms.global_terms] == [0, -0.5, 0.25]
+    np.testing.assert_allclose([value[0] for value in terms.local_terms], [0.4, -0.6, 0], atol=1e-12)
+
+
+def test_ib_coef_scales_the_local_term_only():
+    worked = TREES["branched twice"]
+    tree, scores = worked.tree, score_tree(worked.tree, worked.success, beta=5)
+    advantage_L = trl_advantages(worked.success)
+    one, three = ibtpo(tree, scores, advantage_L, 1.0), ibtpo(tree, scores, advantage_L, 3.0)
+    for leaf in range(4):
+        np.testing.assert_array_equal(one.global_terms[leaf], three.global_terms[leaf])
+        np.testing.assert_allclose(3 * one.local_terms[leaf], three.local_terms[leaf])
+
+
+def test_grpo_gives_every_step_the_advantage_of_its_trajectory():
+    worked = TREES["an unscorable leaf"]
+    tree, scores = worked.tree, score_tree(worked.tree, worked.success, beta=5)
+    terms = grpo(tree, scores, np.array([2.0, NAN, -1.0, 0.5]), 0.1)
+    # Steps a trajectory: 2, 2, 2 (one of them inherited) and 1.
+    assert [list(values) for values in terms.global_terms] == [[2, 2], [0, 0], [-1, -1], [0.5]]
+    assert [list(values) for values in terms.local_terms] == [[0, 0], [0, 0], [0, 0], [0]]
+
+
+def test_one_step_trees_without_local_term_are_grpo():
+    """With one level and `ib_coef = 0` every trajectory keeps its own advantage, whatever its number of steps."""
+    tree = build([(0, [0.5, 0.9, 0.3]), (0, [0.25]), (0, [0.75, 0.5])])
+    scores = score_tree(tree, [1, 0, 0], beta=5)
+    advantage_L = np.array([1.25, -0.75, -0.5])
+    found, expected = ibtpo(tree, scores, advantage_L, 0.0), grpo(tree, scores, advantage_L, 0.0)
+    for leaf in range(3):
+        np.testing.assert_array_equal(found.global_terms[leaf], expected.global_terms[leaf])
+        np.testing.assert_array_equal(found.local_terms[leaf], np.zeros(len(tree.path(tree.leaves[leaf]))))
+
+
+def test_per_token_repeats_a_step_over_its_tokens():
+    tree = build([(0, [(0.5, 0.5), (0.9, 0.9, 0.9)]), (1, [0.5, (0.25, 0.25)])])
+    assert per_token(tree, 0, np.array([1.0, 2.0])).tolist() == [1, 1, 2, 2, 2]
+    # The second trajectory inherits step 1 with its two tokens.
+    assert per_token(tree, 1, np.array([1.0, 3.0, 4.0])).tolist() == [1, 1, 3, 4, 4]
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(trees(success=st.sampled_from([0.0, 1.0])))
+def test_global_term_is_the_gain_in_density(drawn):
+    """A_GL(s) = (p(s) - p(root)) / std(R), with TRL's 1e-4 on the standard deviation."""
+    tree, rewards = drawn
+    if len(rewards) < 2:
+        return  # GRPO compares at least two completions
+    scores = score_tree(tree, rewards, beta=5)
+    global_N = by_step(tree, ibtpo(tree, scores, trl_advantages(rewards), 0.1).global_terms)
+    expected = (scores.density - scores.density[0]) / (np.std(rewards, ddof=1) + 1e-4)
+    np.testing.assert_allclose(global_N[1:], expected[1:], atol=1e-9)
+
+
+@settings(max_examples=100, deadline=None, database=None)
+@given(trees(), st.sampled_from([0.0, 0.1, 1.0]))
+def test_advantages_are_finite_and_cover_every_token(drawn, ib_coef):
+    tree, success = drawn
+    advantage_L = np.array(success) * 2 - 1
+    terms = ibtpo(tree, score_tree(tree, success, beta=5), advantage_L, ib_coef)
+    for leaf, values in enumerate(zip(terms.global_terms, terms.local_terms, strict=True)):
+        values_T = per_token(tree, leaf, sum(values))
+        assert np.isfinite(values_T).all() and len(values_T) == len(tree.trajectory(leaf)[0])
+    total_N = by_step(tree, [sum(pair) for pair in zip(terms.global_terms, terms.local_terms, strict=True)])
+    for step in range(1, len(tree.steps)):
+        if all(math.isnan(success[leaf]) for leaf in leaves_under(tree, step)):
+            assert total_N[step] == 0

@@ -1,0 +1,500 @@
+"""Growing trees over a scripted engine and a scripted scorer, which finish what they were given in any order."""
+
+import math
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trl_ibtpo.advantages import ibtpo, per_token
+from trl_ibtpo.engines import Rollout
+from trl_ibtpo.growth import GrowthSettings, TreeGrower, grow_trees
+
+PROMPTS = [[901], [902, 903], [904, 905, 906]]
+
+
+class Splitter:
+    """A step ends with every token id that is a multiple of 4."""
+
+    def ends(self, token_ids):
+        ends = [position for position, token_id in enumerate(token_ids, 1) if token_id % 4 == 0]
+        return ends if ends and ends[-1] == len(token_ids) else [*ends, len(token_ids)]
+
+
+def sample(prefix_ids: list[int], max_tokens: int, seed: int) -> tuple[list[int], list[float]]:
+    """The continuation: any length up to the budget, and nothing but prefix and seed decide it."""
+    rng = random.Random(repr((prefix_ids, seed)))
+    length = rng.randint(1, min(max_tokens, rng.choice([1, 6, 40])))
+    return [rng.randint(1, 12) for _ in range(length)], [-2 * rng.random() for _ in range(length)]
+
+
+def success_of(completion_ids: list[int]) -> float:
+    return random.Random(repr(completion_ids)).choice([0.0, 0.0, 1.0, 1.0, 0.5, math.nan])
+
+
+class Engine:
+    """Finishes requests in an order and in batches of its own."""
+
+    def __init__(self, order: int = 0, sample=sample):
+        self.rng = random.Random(order)
+        self.in_flight = {}
+        self.submissions = []  # what each call of `submit` got
+        self.rollouts = []
+        self._sample = sample
+
+    @property
+    def requests(self):
+        return [request for requests in self.submissions for request in requests]
+
+    def submit(self, requests):
+        assert requests
+        for request in requests:
+            assert request.request_id not in self.in_flight
+            self.in_flight[request.request_id] = request
+        self.submissions.append(list(requests))
+
+    def choose(self):
+        return self.rng.sample(sorted(self.in_flight), self.rng.randint(0, len(self.in_flight)))
+
+    def poll(self):
+        assert self.in_flight  # no empty polls
+        requests = [self.in_flight.pop(request_id) for request_id in self.choose()]
+        rollouts = [
+            Rollout(request.request_id, *self._sample(request.prefix_ids, request.max_tokens, request.seed))
+            for request in requests
+        ]
+        self.rollouts += rollouts
+        return rollouts
+
+    def abort(self):
+        self.in_flight.clear()
+
+
+class Scorer:
+    """Hands successes back late and in any order."""
+
+    def __init__(self, engine: Engine, order: int = 0, success_of=success_of):
+        self.engine = engine
+        self.rng = random.Random(order)
+        self.pending = []
+        self.seen = set()
+        self.cancelled = False
+        self._success_of = success_of
+
+    def submit(self, leaves):
+        for tree, number, completion_ids in leaves:
+            assert (tree, number) not in self.seen
+            self.seen.add((tree, number))
+            self.pending.append((tree, number, self._success_of(completion_ids)))
+
+    def collect(self, wait):
+        assert wait == (not self.engine.in_flight)  # never hold up an engine that has work
+        assert self.engine.in_flight or self.pending, "growth is stuck: nothing is under way"
+        least = 1 if wait else 0
+        count = self.rng.randint(least, len(self.pending))
+        self.rng.shuffle(self.pending)
+        self.pending, scored = self.pending[count:], self.pending[:count]
+        return scored
+
+    def cancel(self):
+        self.cancelled = True
+
+
+def grow(growth: GrowthSettings, prompts=PROMPTS, seed=0, order=0) -> tuple[list[TreeGrower], Engine]:
+    growers = [TreeGrower(prompt, growth, Splitter(), (seed, index)) for index, prompt in enumerate(prompts)]
+    engine = Engine(order)
+    scorer = Scorer(engine, order + 1)
+    calls = []
+    grow_trees(growers, engine, scorer, on_rollout=lambda: calls.append(1))
+    assert all(grower.done for grower in growers)
+    assert len(calls) == len(engine.rollouts) == len(scorer.seen) == len(prompts) * growth.leaves
+    return growers, engine
+
+
+def snapshot(grower: TreeGrower):
+    """Everything about a tree, with NaN made comparable."""
+    steps = [(step.parent, step.token_ids, step.logprobs, step.end, step.children) for step in grower.tree.steps]
+    return steps, grower.tree.leaves, grower.tree.branch_steps, repr(grower.success)
+
+
+SETTINGS = st.builds(
+    GrowthSettings,
+    initial_rollouts=st.integers(1, 4),
+    levels=st.integers(1, 6),
+    nodes_per_level=st.integers(1, 3),
+    branches_per_node=st.integers(1, 2),
+    branching=st.sampled_from(["ib", "confidence", "random", "independent"]),
+    allow_root_branching=st.booleans(),
+    allow_repeated_branching=st.booleans(),
+    ib_beta=st.sampled_from([1.0, 5.0]),
+    step_confidence=st.sampled_from(["geometric_mean", "joint"]),
+    max_completion_length=st.sampled_from([1, 2, 7, 40]),
+    branch_lookahead=st.integers(0, 5),
+)
+ANY = {"deadline": None, "database": None}
+
+
+@settings(max_examples=120, **ANY)
+@given(SETTINGS, st.integers(0, 1000), st.integers(0, 1000))
+def test_rules_of_every_tree(growth, seed, order):
+    growers, engine = grow(growth, seed=seed, order=order)
+    for prompt, grower in zip(PROMPTS, growers, strict=True):
+        tree = grower.tree
+        requests = [request for request in engine.requests if request.prefix_ids[: len(prompt)] == prompt]
+        rollouts = {rollout.request_id: rollout for rollout in engine.rollouts}
+        assert growth.leaves == len(requests) == len(tree.leaves) == len(set(tree.leaves)) == len(grower.success)
+        assert growth.leaves == growth.initial_rollouts + (growth.levels - 1) * growth.branches_per_round
+        for number, request in enumerate(requests):  # rollouts join the tree in the order they were asked for
+            rollout, after = rollouts[request.request_id], tree.branch_steps[number]
+            assert request.prefix_ids == prompt + tree.prefix(after)
+            assert request.max_tokens == growth.max_completion_length - len(tree.prefix(after)) >= 1
+            token_ids, logprobs = tree.trajectory(number)
+            assert token_ids == tree.prefix(after) + rollout.token_ids
+            assert logprobs == [value for index in tree.path(after) for value in tree.steps[index].logprobs] + list(
+                rollout.logprobs
+            )
+            assert len(token_ids) == tree.steps[tree.leaves[number]].end <= growth.max_completion_length
+            assert repr(grower.success[number]) == repr(success_of(token_ids))
+            path, shared = tree.path(tree.leaves[number]), tree.path(after)
+            assert path[: len(shared)] == shared and len(path) > len(shared)
+        for index, step in enumerate(tree.steps[1:], 1):
+            assert step.parent < index and index in tree.steps[step.parent].children
+            assert step.end == tree.steps[step.parent].end + len(step.token_ids)
+            assert bool(step.children) != (index in tree.leaves)
+        lengths = [len(rollouts[request.request_id].token_ids) for request in requests]
+        assert tree.generated_tokens == sum(lengths)
+        assert tree.trajectory_tokens == sum(len(tree.trajectory(leaf)[0]) for leaf in range(growth.leaves))
+        assert len({request.seed for request in requests}) == len(requests)
+    assert not engine.in_flight
+    assert len({request.seed for request in engine.requests}) == len(engine.requests)
+
+
+@settings(max_examples=80, **ANY)
+@given(SETTINGS, st.integers(0, 1000), st.integers(0, 1000), st.integers(0, 1000))
+def test_a_tree_does_not_depend_on_the_order_of_completion(growth, seed, order, other_order):
+    first, _ = grow(growth, seed=seed, order=order)
+    again, _ = grow(growth, seed=seed, order=other_order)
+    assert [snapshot(grower) for grower in first] == [snapshot(grower) for grower in again]
+    # ... nor on the trees that grow beside it.
+    alone = TreeGrower(PROMPTS[1], growth, Splitter(), (seed, 1))
+    engine = Engine(order)
+    grow_trees([alone], engine, Scorer(engine, order))
+    assert snapshot(alone) == snapshot(first[1])
+
+
+def test_another_seed_grows_another_tree():
+    growth = GrowthSettings(max_completion_length=40)
+    (first, *_), _ = grow(growth, seed=0)
+    (other, *_), _ = grow(growth, seed=1)
+    assert snapshot(first) != snapshot(other)
+
+
+@settings(max_examples=150, **ANY)
+@given(SETTINGS.filter(lambda growth: growth.branching != "independent"), st.integers(0, 1000))
+def test_which_steps_may_be_branched(growth, seed):
+    """The root only if allowed or where nothing else may be; no step in two rounds unless repeats are allowed."""
+    for grower in grow(growth, seed=seed)[0]:
+        tree = grower.tree
+        rollout_of = {0: -1}  # the rollout that made each step
+        for number, leaf in enumerate(tree.leaves):
+            for step in tree.path(leaf):
+                rollout_of.setdefault(step, number)
+        branched = set()
+        for submitted in range(growth.initial_rollouts, growth.leaves, growth.branches_per_round):
+            known = max(1, submitted - growth.branch_lookahead)
+            inner = {
+                index
+                for index, step in enumerate(tree.steps)
+                if index and step.end < growth.max_completion_length
+                if any(rollout_of[child] < known for child in step.children)
+            }
+            open_steps = inner if growth.allow_repeated_branching else inner - branched
+            chosen = tree.branch_steps[submitted : submitted + growth.branches_per_round]
+            for step in chosen:
+                assert step == 0 or step in open_steps
+                if step == 0 and not growth.allow_root_branching:
+                    assert not open_steps
+                if step in branched and not growth.allow_repeated_branching:
+                    assert step == 0 and not open_steps
+            # B rollouts each; K different steps where there are as many, leaving aside those with a branch under way.
+            width = growth.branches_per_node
+            assert chosen[::width] == chosen[width - 1 :: width]
+            root_open = growth.allow_root_branching and (growth.allow_repeated_branching or 0 not in branched)
+            eligible = (open_steps | {0} if root_open else open_steps) or {0}
+            fresh = eligible - set(tree.branch_steps[known:submitted])
+            assert len(set(chosen)) == min(growth.nodes_per_level, len(fresh or eligible))
+            assert set(chosen) <= (fresh or eligible)
+            branched.update(chosen)
+
+
+# ----- lock-step reference -------------------------------------------------------------------------------------------
+
+
+def reference(prompt: list[int], growth: GrowthSettings, seeds: list[int]):
+    """The paper in lock-step: all rollouts of a round are known before the next, IB-Scores by recursion."""
+    parent, tokens, logprobs, children, success = [None], [[]], [[]], [[]], {}
+    seeds = iter(seeds)
+
+    def prefix(node):
+        return [] if parent[node] is None else prefix(parent[node]) + tokens[node]
+
+    def rollout(node):
+        head = prefix(node)
+        ids, values = sample(prompt + head, growth.max_completion_length - len(head), next(seeds))
+        start = 0
+        for end in Splitter().ends(ids):
+            parent.append(node)
+            tokens.append(ids[start:end])
+            logprobs.append(values[start:end])
+            children.append([])
+            children[node].append(len(parent) - 1)
+            node, start = len(parent) - 1, end
+        success[node] = success_of(head + ids)
+
+    def leaves(node):
+        return [success[node]] if node in success else [leaf for child in children[node] for leaf in leaves(child)]
+
+    def density(node):
+        known = [value for value in leaves(node) if not math.isnan(value)]
+        return sum(known) / len(known) if known else None
+
+    def eta2(node):
+        mean = sum(logprobs[node]) / (len(logprobs[node]) if growth.step_confidence == "geometric_mean" else 1)
+        return math.exp(mean)
+
+    def priority(node):
+        if growth.branching == "confidence":
+            return -sum(eta2(child) for child in children[node]) / len(children[node])
+        known = [child for child in children[node] if density(child) is not None]
+        terms = []
+        for child in known or children[node]:
+            rho = density(child) / density(node) if known and density(node) else 1
+            terms.append((rho - 1 - 1 / growth.ib_beta) * eta2(child))
+        return (1 + growth.ib_beta) * sum(terms) / len(terms)
+
+    for _ in range(growth.initial_rollouts):
+        rollout(0)
+    branched = set()
+    for _ in range(growth.levels - 1):
+        nodes = [node for node in range(1, len(parent)) if children[node]]
+        nodes = [node for node in nodes if len(prefix(node)) < growth.max_completion_length]
+        nodes = [0, *nodes] if growth.allow_root_branching else nodes
+        if not growth.allow_repeated_branching:
+            nodes = [node for node in nodes if node not in branched]
+        ranked = sorted(nodes or [0], key=priority, reverse=True)  # a stable sort: the earlier node first
+        chosen = [ranked[index % len(ranked)] for index in range(growth.nodes_per_level)]
+        for node in chosen:
+            for _ in range(growth.branches_per_node):
+                rollout(node)
+        branched.update(chosen)
+    return [-1 if node is None else node for node in parent], tokens, logprobs, list(success.values())
+
+
+@settings(max_examples=120, **ANY)
+@given(
+    SETTINGS.filter(lambda growth: growth.branching in ("ib", "confidence")).map(
+        lambda growth: replace(growth, branch_lookahead=0)
+    ),
+    st.integers(0, 10000),
+)
+def test_without_lookahead_trees_are_those_of_the_paper(growth, seed):
+    growers, engine = grow(growth, seed=seed, order=seed)
+    for prompt, grower in zip(PROMPTS, growers, strict=True):
+        seeds = [request.seed for request in engine.requests if request.prefix_ids[: len(prompt)] == prompt]
+        parents, tokens, logprobs, success = reference(prompt, growth, seeds)
+        assert [step.parent for step in grower.tree.steps] == parents
+        assert [step.token_ids for step in grower.tree.steps] == tokens
+        assert [step.logprobs for step in grower.tree.steps] == logprobs
+        assert repr(grower.success) == repr(success)
+
+
+# ----- one tree, move by move ----------------------------------------------------------------------------------------
+
+
+def finish(grower: TreeGrower, number: int, token_ids: list[int], logprob: float = -1.0, success: float = 1.0) -> None:
+    grower.add_rollout(number, Rollout(str(number), token_ids, [logprob] * len(token_ids)))
+    grower.add_success(number, success)
+
+
+def test_a_round_waits_for_all_earlier_rollouts():
+    grower = TreeGrower([9], GrowthSettings(initial_rollouts=2, levels=3, max_completion_length=8), Splitter())
+    assert [request.prefix_ids for request in grower.next_requests()] == [[9], [9]]
+    finish(grower, 1, [4, 1])
+    assert grower.next_requests() == []
+    grower.add_rollout(0, Rollout("0", [8, 1], [-3.0, -3.0]))
+    assert grower.next_requests() == []  # sampled, but not scored
+    grower.add_success(0, 0.0)
+    # Both first steps have a single child: p(c)/p(s) = 1 (or 0/0 := 1), so the less confident child wins.
+    (request,) = grower.next_requests()
+    assert (request.request_id, request.prefix_ids, request.max_tokens) == ("2", [9, 8], 7)
+    assert grower.next_requests() == []
+    finish(grower, 2, [1])
+    # Step "8" has two wrong children now, of confidence exp(-3) and exp(-1): mean .209 < .368 of step "4".
+    (request,) = grower.next_requests()
+    assert request.prefix_ids == [9, 8]
+    finish(grower, 3, [1])
+    assert not grower.done
+    assert grower.next_requests() == [] and grower.done
+
+
+def test_lookahead_starts_a_round_early_with_what_is_then_known():
+    growth = GrowthSettings(initial_rollouts=2, levels=4, max_completion_length=8, branch_lookahead=1)
+    grower = TreeGrower([9], growth, Splitter())
+    assert len(grower.next_requests()) == 2  # nothing is known yet
+    finish(grower, 1, [8, 1], logprob=-3.0)
+    assert grower.next_requests() == []  # the first rollout is among those that must be known
+    finish(grower, 0, [4, 4, 1])
+    # Rollout 1, the less confident one, has finished as well, but must not count yet: the first step of rollout 0 is
+    # chosen. The next round may start at once, with rollouts 0 and 1 known.
+    first, second = grower.next_requests()
+    assert (first.prefix_ids, second.prefix_ids) == ([9, 4], [9, 8])
+    assert len(grower.tree.leaves) == 2
+    assert grower.next_requests() == []  # the last round needs rollout 2
+    finish(grower, 2, [1], logprob=-4.0)
+    # The step of rollout 3, "8", has a branch under way; "4" has children of confidence exp(-1) and exp(-4) now.
+    (third,) = grower.next_requests()
+    assert third.prefix_ids == [9, 4]
+
+
+def test_a_step_with_a_branch_under_way_is_chosen_where_no_other_may_be():
+    growth = GrowthSettings(initial_rollouts=1, levels=4, max_completion_length=8, branch_lookahead=5)
+    grower = TreeGrower([9], growth, Splitter())
+    grower.next_requests()
+    finish(grower, 0, [4, 1])
+    assert [request.prefix_ids for request in grower.next_requests()] == [[9, 4]] * 3
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "budget", "allow_repeated", "expected"),
+    [
+        ([1, 2, 3], 8, True, [[], [], []]),  # one step per rollout: only the root has children
+        ([4, 8, 1], 8, False, [[4], [4, 8], []]),  # every step once, then the root
+        ([4, 8, 1], 2, True, None),  # more tokens than asked for
+        ([4, 8], 2, True, [[4], [4], [4]]),
+        ([4], 1, True, [[], [], []]),  # no budget left anywhere but at the root
+    ],
+)
+def test_the_root_is_the_last_resort(token_ids, budget, allow_repeated, expected):
+    growth = GrowthSettings(
+        initial_rollouts=1, levels=4, max_completion_length=budget, allow_repeated_branching=allow_repeated
+    )
+    grower = TreeGrower([9], growth, Splitter())
+    grower.next_requests()
+    if expected is None:
+        with pytest.raises(RuntimeError, match="returned 3 tokens for a rollout that asked for 1 to 2"):
+            finish(grower, 0, token_ids)
+        return
+    finish(grower, 0, token_ids)
+    found = []
+    for number in (1, 2, 3):
+        (request,) = grower.next_requests()
+        found.append(request.prefix_ids[1:])
+        finish(grower, number, [1], logprob=-0.5)
+    grower.next_requests()
+    assert sorted(found) == sorted(expected) and grower.done
+
+
+# ----- many trees ----------------------------------------------------------------------------------------------------
+
+
+def test_no_tree_waits_for_another():
+    """All of the second tree is grown before the first tree's first rollouts finish."""
+
+    class SecondTreeFirst(Engine):
+        def choose(self):
+            second = [key for key, request in self.in_flight.items() if request.prefix_ids[0] == PROMPTS[1][0]]
+            return second or sorted(self.in_flight)
+
+    growth = GrowthSettings(max_completion_length=40)
+    growers = [TreeGrower(prompt, growth, Splitter(), (0, index)) for index, prompt in enumerate(PROMPTS[:2])]
+    engine = SecondTreeFirst()
+    leaves_of_first_tree = []
+    scorer = Scorer(engine)
+    scorer.collect = lambda wait: [scorer.pending.pop() for _ in range(len(scorer.pending))]
+    grow_trees(growers, engine, scorer, on_rollout=lambda: leaves_of_first_tree.append(len(growers[0].tree.leaves)))
+    assert leaves_of_first_tree[: growth.leaves] == [0] * growth.leaves
+    assert growers[0].done and growers[1].done
+
+
+def test_independent_rollouts_are_submitted_at_once():
+    growth = GrowthSettings(branching="independent", max_completion_length=40)
+    growers, engine = grow(growth)
+    (submission,) = engine.submissions
+    assert [request.prefix_ids for request in submission] == [prompt for prompt in PROMPTS for _ in range(12)]
+    for grower in growers:
+        assert grower.tree.branch_steps == [0] * 12
+        assert grower.tree.generated_tokens == grower.tree.trajectory_tokens
+
+
+def test_no_trees_need_no_engine():
+    grow_trees([], None, None)
+
+
+@settings(max_examples=60, **ANY)
+@given(SETTINGS, st.integers(0, 1000))
+def test_shared_tokens_have_one_advantage(growth, seed):
+    """Inside a step the advantage is constant, and every trajectory through a step gives it the same."""
+    for grower in grow(growth, prompts=PROMPTS[:1], seed=seed)[0]:
+        tree = grower.tree
+        terms = ibtpo(tree, grower.scores(), 2 * np.array(grower.success) - 1, 0.1)
+        seen = {}  # (step, token of the step) to advantage
+        for leaf in range(growth.leaves):
+            values_T = per_token(tree, leaf, terms.global_terms[leaf] + terms.local_terms[leaf])
+            assert len(values_T) == len(tree.trajectory(leaf)[0])
+            places = [(step, token) for step in tree.path(tree.leaves[leaf]) for token in tree.steps[step].token_ids]
+            for (step, _), value in zip(places, values_T, strict=True):
+                assert seen.setdefault(step, value) == value
+        assert np.isfinite(list(seen.values())).all() and len(seen) == len(tree.steps) - 1
+
+
+# ----- what goes wrong -----------------------------------------------------------------------------------------------
+
+
+class Trouble(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [Trouble, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["engine.submit", "engine.poll", "scorer.submit", "scorer.collect", "on_rollout"])
+def test_an_exception_leaves_the_engine_empty(where, error):
+    growth = GrowthSettings(max_completion_length=40)
+    growers = [TreeGrower(prompt, growth, Splitter(), (index,)) for index, prompt in enumerate(PROMPTS)]
+    engine = Engine(order=3)
+    scorer = Scorer(engine)
+    calls = []
+
+    def fail_later(call):
+        def wrapped(*args, **kwargs):
+            result = call(*args, **kwargs)
+            calls.append(1)
+            if len(calls) >= 4 and engine.in_flight:
+                raise error("told to")
+            return result
+
+        return wrapped
+
+    on_rollout = fail_later(lambda: None) if where == "on_rollout" else lambda: None
+    owner, _, name = where.partition(".")
+    if name:
+        target = {"engine": engine, "scorer": scorer}[owner]
+        setattr(target, name, fail_later(getattr(target, name)))
+    with pytest.raises(error, match="told to"):
+        grow_trees(growers, engine, scorer, on_rollout)
+    assert not engine.in_flight and scorer.cancelled
+
+
+@pytest.mark.parametrize(("extra", "found"), [(1, 41), (None, 0)])
+def test_an_engine_that_breaks_its_promise_is_an_error(extra, found):
+    def broken(prefix_ids, max_tokens, seed):
+        length = 0 if extra is None else max_tokens + extra
+        return [1] * length, [-1.0] * length
+
+    engine = Engine(order=1, sample=broken)
+    scorer = Scorer(engine)
+    growers = [TreeGrower([9], GrowthSettings(max_completion_length=40), Splitter())]
+    with pytest.raises(RuntimeError, match=f"returned {found} tokens for a rollout that asked for 1 to 40"):
+        grow_trees(growers, engine, scorer)
+    assert not engine.in_flight and scorer.cancelled and not scorer.seen

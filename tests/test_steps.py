@@ -1,0 +1,195 @@
+"""Where steps end: tokens are never divided, nothing is lost, and the cut does not depend on what comes later."""
+
+import pytest
+import tiny
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from trl_ibtpo.steps import StepSplitter, step_ends
+
+TOKENIZERS = {"byte_level": tiny.byte_level_tokenizer(), "sentencepiece": tiny.sentencepiece_tokenizer()}
+DELIMITERS = ["\n\n", "\n", "###", " then ", "。", "---"]
+
+# Text with many delimiters, blank lines and characters of several bytes.
+TEXTS = st.lists(
+    st.one_of(
+        st.sampled_from(
+            ["\n", "\n\n", "\n\n\n", "\r\n", " ", "\t", "#", "##", "###", "-", "。", " then ", "3 + 4", "π"]
+        ),
+        st.text(max_size=6),
+    ),
+    max_size=12,
+).map("".join)
+
+
+def completed(pieces: list[bytes], delimiter: bytes) -> bool:
+    """Whether the pieces, read as the whole step so far, hold a delimiter after white space and delimiters."""
+    text = b"".join(pieces)
+    while text != (stripped := text.lstrip().removeprefix(delimiter)):
+        text = stripped
+    return delimiter in text
+
+
+# ----- examples ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "delimiter", "ends"),
+    [
+        ("", "\n\n", []),
+        ("a", "\n\n", [1]),
+        ("a|\n\n|b", "\n\n", [2, 3]),  # a token of its own
+        ("a|.\n\n|b", "\n\n", [2, 3]),  # at the end of a token
+        ("a|.\n\nb|c", "\n\n", [2, 3]),  # inside a token, which is not divided
+        ("a|\n|\n|b", "\n\n", [3, 4]),  # split across tokens
+        ("a|\n|b|\n|c", "\n\n", [5]),  # single line feeds do not add up
+        ("a|.\n|\nb|c", "\n\n", [3, 4]),
+        ("a\n\nb\n\nc|d", "\n\n", [1, 2]),  # two in one token are one end
+        ("a|\n\n", "\n\n", [2]),  # the completion ends with a delimiter: no empty step
+        ("a|\n\n|\n\n|\n|b|\n\n|c", "\n\n", [2, 6, 7]),  # a run of blank lines belongs to the step after it
+        ("a|\n|\n|\n|b|\n\n", "\n\n", [3, 6]),  # ... also token by token
+        ("\n\n|\n|a|\n\n|b", "\n\n", [4, 5]),  # leading blank lines do not end a step
+        ("\n\n|\n\n|  \n\n", "\n\n", [3]),  # nothing is said at all
+        ("\n\na\n\n|b", "\n\n", [1, 2]),  # blank head and delimiter in the same token
+        ("a|\r\n|\r\n|b", "\n\n", [4]),  # the delimiter is taken literally
+        ("a|\n|b", "\n", [2, 3]),
+        ("a|\n\n\n|b|\n", "\n", [2, 4]),
+        ("x|#|##|y|###|z", "###", [3, 5, 6]),
+        ("#|##| x|###|y", "###", [4, 5]),  # a delimiter at the head, split across tokens
+        ("##|##|##|#x|###|y", "###", [5, 6]),  # ... and running on
+        ("### ### a|###b|c", "###", [2, 3]),
+        ("数|学|。|π", "。", [3, 4]),
+        ("a|aa|b|aa|b", "aa", [4, 5]),  # the head "aaa" is a delimiter and an "a"
+        ("aa|a|b|aa|b", "aa", [4, 5]),  # ... however it is cut into tokens
+        ("a| th|en |b", " then ", [3, 4]),
+    ],
+)
+def test_step_ends(tokens, delimiter, ends):
+    texts = [token.encode() for token in tokens.split("|")] if tokens else []
+    assert step_ends(texts, delimiter.encode()) == ends
+
+
+def test_a_character_split_across_tokens():
+    # "。" is three bytes; byte-level vocabularies sample them one by one.
+    delimiter = "。".encode()
+    texts = [b"a", delimiter[:1], delimiter[1:2], delimiter[2:], b"b"]
+    assert step_ends(texts, delimiter) == [4, 5]
+    assert step_ends([delimiter[:2], delimiter[2:], *texts], delimiter) == [6, 7]  # at the head it ends nothing
+
+
+def test_special_tokens_add_no_text():
+    # The end-of-sequence token after a delimiter is a step; between two line feeds it does not part them.
+    assert step_ends([b"a", b"\n\n", b""], b"\n\n") == [2, 3]
+    assert step_ends([b"a", b"\n", b"", b"\n", b"b"], b"\n\n") == [4, 5]
+    assert step_ends([b""], b"\n\n") == [1]
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+def test_splits_a_chain_of_thought(family):
+    tokenizer = TOKENIZERS[family]
+    text = "First add 3 and 4.\n\nThat gives 7.\n\n\nThe answer is 7."
+    token_ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    ends = StepSplitter(tokenizer).ends(token_ids)
+    steps = [tokenizer.decode(token_ids[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+    assert len(steps) == 3
+    assert steps[0] == "First add 3 and 4.\n\n"
+    assert steps[1].strip() == "That gives 7." and steps[2].strip() == "The answer is 7.<eos>"
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+def test_special_and_unknown_ids_have_no_text(family):
+    tokenizer = TOKENIZERS[family]
+    splitter = StepSplitter(tokenizer)
+    dropped = [token_id for token_id in range(len(tokenizer)) if not tokenizer.decode([token_id], True)]
+    assert tokenizer.eos_token_id in dropped and tokenizer.convert_tokens_to_ids("<assistant>") in dropped
+    for token_id in [*dropped, len(tokenizer), len(tokenizer) + 5000]:  # beyond the vocabulary: a padded embedding
+        assert splitter.text(token_id) == b""
+    assert splitter.ends([len(tokenizer) + 1, tokenizer.eos_token_id]) == [2]
+    assert splitter.ends([]) == []
+
+
+def test_added_tokens_are_read_as_they_are_decoded():
+    tokenizer = tiny.byte_level_tokenizer()
+    contents = ["<think>", "数\n\n", "é é", "\n\n\n\n"]
+    tokenizer.add_tokens([AddedToken(content, normalized=False) for content in contents])
+    splitter = StepSplitter(tokenizer)
+    for content in contents:
+        token_id = tokenizer.convert_tokens_to_ids(content)
+        assert splitter.text(token_id).decode() == content == tokenizer.decode([token_id])
+    token_ids = tokenizer.encode("So", add_special_tokens=False) + tokenizer.convert_tokens_to_ids(contents)
+    # "So", "<think>" and "数" with its blank line are a step; a run of line feeds after "é é" ends the next.
+    assert splitter.ends(token_ids) == [len(token_ids) - 2, len(token_ids)]
+
+
+def test_line_feeds_as_pieces_of_their_own():
+    # Gemma's vocabulary has plain "\n" and "\n\n" pieces beside byte tokens.
+    vocabulary = {"<unk>": 0, "\n": 1, "\n\n": 2, "▁a": 3, "b": 4, "<0x0A>": 5}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    splitter = StepSplitter(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"))
+    assert [splitter.text(token_id) for token_id in (1, 2, 3, 4, 5)] == [b"\n", b"\n\n", b" a", b"b", b"\n"]
+    assert splitter.ends([3, 2, 4, 1, 5, 4]) == [2, 5, 6]
+
+
+def test_empty_delimiter_is_an_error():
+    with pytest.raises(ValueError, match="`step_delimiter` is empty"):
+        StepSplitter(TOKENIZERS["byte_level"], "")
+
+
+def test_texts_are_looked_up_once():
+    tokenizer = tiny.byte_level_tokenizer()
+    splitter = StepSplitter(tokenizer)
+    token_ids = tokenizer.encode("a\n\nb", add_special_tokens=False)
+    ends = splitter.ends(token_ids)
+    splitter.tokenizer = None  # any further look-up would fail
+    assert splitter.ends(token_ids) == ends
+
+
+# ----- any text, any ids ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+@settings(max_examples=150, deadline=None, database=None)
+@given(text=TEXTS, delimiter=st.sampled_from(DELIMITERS))
+def test_steps_join_back_and_end_where_a_delimiter_is_completed(family, text, delimiter):
+    tokenizer = TOKENIZERS[family]
+    splitter = StepSplitter(tokenizer, delimiter)
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    ends = splitter.ends(token_ids)
+    steps = [token_ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    assert all(steps) and [token_id for step in steps for token_id in step] == token_ids
+    for number, step in enumerate(steps):
+        pieces = [splitter.text(token_id) for token_id in step]
+        assert not completed(pieces[:-1], delimiter.encode())
+        assert completed(pieces, delimiter.encode()) or number == len(steps) - 1
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+@settings(max_examples=150, deadline=None, database=None)
+@given(data=st.data(), delimiter=st.sampled_from(DELIMITERS))
+def test_steps_of_prefix_and_continuation_are_those_of_the_whole(family, data, delimiter):
+    """For any ids a model may sample, not only those the tokenizer would write."""
+    tokenizer = TOKENIZERS[family]
+    splitter = StepSplitter(tokenizer, delimiter)
+    prompt = tokenizer.encode(data.draw(TEXTS), add_special_tokens=False)
+    sampled = data.draw(st.lists(st.integers(0, len(tokenizer) + 2), max_size=20))
+    token_ids = prompt + sampled + tokenizer.encode(data.draw(TEXTS), add_special_tokens=False)
+    ends = splitter.ends(token_ids)
+    for cut in ends:
+        assert splitter.ends(token_ids[:cut]) == [end for end in ends if end <= cut]
+        assert [cut + end for end in splitter.ends(token_ids[cut:])] == [end for end in ends if end > cut]
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+@settings(max_examples=150, deadline=None, database=None)
+@given(text=TEXTS)
+@example(text="Naïve café, 数学 and π.\r\n\r\n- item one\n")
+@example(text=" leading space and \U0001f600")
+def test_token_texts_agree_with_the_tokenizer(family, text):
+    tokenizer = TOKENIZERS[family]
+    splitter = StepSplitter(tokenizer)
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    text = b"".join(splitter.text(token_id) for token_id in token_ids).decode(errors="replace")
+    assert text == tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
