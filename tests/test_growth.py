@@ -69,6 +69,12 @@ class Engine:
         self.rollouts += rollouts
         return rollouts
 
+    def generated(self, request_id):
+        """Some tokens fewer than it will have."""
+        request = self.in_flight[request_id]
+        length = len(self._sample(request.prefix_ids, request.max_tokens, request.seed)[0])
+        return self.rng.randint(0, length - 1)
+
     def abort(self):
         self.in_flight.clear()
 
@@ -193,7 +199,12 @@ def test_another_seed_grows_another_tree():
 
 
 @settings(max_examples=150, **ANY)
-@given(SETTINGS.filter(lambda growth: growth.branching != "independent"), st.integers(0, 1000))
+@given(
+    SETTINGS.filter(lambda growth: growth.branching != "independent").map(
+        lambda growth: replace(growth, branch_lookahead=0)
+    ),
+    st.integers(0, 1000),
+)
 def test_which_steps_may_be_branched(growth, seed):
     """The root only if allowed or where nothing else may be; no step in two rounds unless repeats are allowed."""
     for grower in grow(growth, seed=seed)[0]:
@@ -204,13 +215,12 @@ def test_which_steps_may_be_branched(growth, seed):
                 rollout_of.setdefault(step, number)
         branched = set()
         for submitted in range(growth.initial_rollouts, growth.leaves, growth.branches_per_round):
-            known = max(1, submitted - growth.branch_lookahead)
             inner = {
                 index
                 for index, step in enumerate(tree.steps)
-                if index and step.end < growth.max_completion_length
-                if any(rollout_of[child] < known for child in step.children)
+                if index and any(rollout_of[child] < submitted for child in step.children)
             }
+            assert all(tree.steps[index].end < growth.max_completion_length for index in inner)
             open_steps = inner if growth.allow_repeated_branching else inner - branched
             chosen = tree.branch_steps[submitted : submitted + growth.branches_per_round]
             for step in chosen:
@@ -219,32 +229,41 @@ def test_which_steps_may_be_branched(growth, seed):
                     assert not open_steps
                 if step in branched and not growth.allow_repeated_branching:
                     assert step == 0 and not open_steps
-            # B rollouts each; K different steps where there are as many, leaving aside those with a branch under way.
+            # B rollouts each; K different steps where there are as many.
             width = growth.branches_per_node
             assert chosen[::width] == chosen[width - 1 :: width]
             root_open = growth.allow_root_branching and (growth.allow_repeated_branching or 0 not in branched)
             eligible = (open_steps | {0} if root_open else open_steps) or {0}
-            fresh = eligible - set(tree.branch_steps[known:submitted])
-            assert len(set(chosen)) == min(growth.nodes_per_level, len(fresh or eligible))
-            assert set(chosen) <= (fresh or eligible)
+            assert len(set(chosen)) == min(growth.nodes_per_level, len(eligible))
+            assert set(chosen) <= eligible
             branched.update(chosen)
 
 
-# ----- lock-step reference -------------------------------------------------------------------------------------------
+# ----- reference -----------------------------------------------------------------------------------------------------
 
 
 def reference(prompt: list[int], growth: GrowthSettings, seeds: list[int]):
-    """The paper in lock-step: all rollouts of a round are known before the next, IB-Scores by recursion."""
+    """The tree on an ideal engine that gives every rollout a token a tick, IB-Scores by recursion.
+
+    Without lookahead this is the paper in lock-step: all rollouts of a round are known before the next.
+    """
     parent, tokens, logprobs, children, success = [None], [[]], [[]], [[]], {}
-    seeds = iter(seeds)
+    seeds = list(seeds)
+    running, number_of, launched, clock = [], {}, 0, 0
 
     def prefix(node):
         return [] if parent[node] is None else prefix(parent[node]) + tokens[node]
 
-    def rollout(node):
+    def launch(node):
+        nonlocal launched
         head = prefix(node)
-        ids, values = sample(prompt + head, growth.max_completion_length - len(head), next(seeds))
-        start = 0
+        ids, values = sample(prompt + head, growth.max_completion_length - len(head), seeds[launched])
+        end = clock + len(ids) if growth.branch_lookahead else clock + 1
+        running.append((end, launched, node, ids, values))
+        launched += 1
+
+    def join(number, node, ids, values):
+        head, start = prefix(node), 0
         for end in Splitter().ends(ids):
             parent.append(node)
             tokens.append(ids[start:end])
@@ -253,6 +272,7 @@ def reference(prompt: list[int], growth: GrowthSettings, seeds: list[int]):
             children[node].append(len(parent) - 1)
             node, start = len(parent) - 1, end
         success[node] = success_of(head + ids)
+        number_of[node] = number
 
     def leaves(node):
         return [success[node]] if node in success else [leaf for child in children[node] for leaf in leaves(child)]
@@ -275,32 +295,33 @@ def reference(prompt: list[int], growth: GrowthSettings, seeds: list[int]):
             terms.append((rho - 1 - 1 / growth.ib_beta) * eta2(child))
         return (1 + growth.ib_beta) * sum(terms) / len(terms)
 
-    for _ in range(growth.initial_rollouts):
-        rollout(0)
     branched = set()
-    for _ in range(growth.levels - 1):
-        nodes = [node for node in range(1, len(parent)) if children[node]]
-        nodes = [node for node in nodes if len(prefix(node)) < growth.max_completion_length]
-        nodes = [0, *nodes] if growth.allow_root_branching else nodes
-        if not growth.allow_repeated_branching:
-            nodes = [node for node in nodes if node not in branched]
-        ranked = sorted(nodes or [0], key=priority, reverse=True)  # a stable sort: the earlier node first
-        chosen = [ranked[index % len(ranked)] for index in range(growth.nodes_per_level)]
-        for node in chosen:
-            for _ in range(growth.branches_per_node):
-                rollout(node)
-        branched.update(chosen)
-    return [-1 if node is None else node for node in parent], tokens, logprobs, list(success.values())
+    for _ in range(growth.initial_rollouts):
+        launch(0)
+    while running:
+        running.sort()
+        clock, *ended = running.pop(0)
+        join(*ended)
+        while launched < growth.leaves and len(running) <= growth.branch_lookahead:
+            nodes = [node for node in range(1, len(parent)) if children[node]]
+            nodes = [0, *nodes] if growth.allow_root_branching else nodes
+            if not growth.allow_repeated_branching:
+                nodes = [node for node in nodes if node not in branched]
+            under_way = {node for _, _, node, _, _ in running}
+            # A stable sort: the earlier node first, those with a branch under way after all others.
+            ranked = sorted(nodes or [0], key=lambda node: (node in under_way, -priority(node)))
+            chosen = [ranked[index % len(ranked)] for index in range(growth.nodes_per_level)]
+            for node in chosen:
+                for _ in range(growth.branches_per_node):
+                    launch(node)
+            branched.update(chosen)
+    by_number = sorted(success, key=number_of.get)
+    return [-1 if node is None else node for node in parent], tokens, logprobs, [success[node] for node in by_number]
 
 
-@settings(max_examples=120, **ANY)
-@given(
-    SETTINGS.filter(lambda growth: growth.branching in ("ib", "confidence")).map(
-        lambda growth: replace(growth, branch_lookahead=0)
-    ),
-    st.integers(0, 10000),
-)
-def test_without_lookahead_trees_are_those_of_the_paper(growth, seed):
+@settings(max_examples=200, **ANY)
+@given(SETTINGS.filter(lambda growth: growth.branching in ("ib", "confidence")), st.integers(0, 10000))
+def test_trees_are_those_of_an_ideal_engine(growth, seed):
     growers, engine = grow(growth, seed=seed, order=seed)
     for prompt, grower in zip(PROMPTS, growers, strict=True):
         seeds = [request.seed for request in engine.requests if request.prefix_ids[: len(prompt)] == prompt]
@@ -344,19 +365,24 @@ def test_lookahead_starts_a_round_early_with_what_is_then_known():
     growth = GrowthSettings(initial_rollouts=2, levels=4, max_completion_length=8, branch_lookahead=1)
     grower = TreeGrower([9], growth, Splitter())
     assert len(grower.next_requests()) == 2  # nothing is known yet
-    finish(grower, 1, [8, 1], logprob=-3.0)
-    assert grower.next_requests() == []  # the first rollout is among those that must be known
-    finish(grower, 0, [4, 4, 1])
-    # Rollout 1, the less confident one, has finished as well, but must not count yet: the first step of rollout 0 is
-    # chosen. The next round may start at once, with rollouts 0 and 1 known.
-    first, second = grower.next_requests()
-    assert (first.prefix_ids, second.prefix_ids) == ([9, 4], [9, 8])
-    assert len(grower.tree.leaves) == 2
-    assert grower.next_requests() == []  # the last round needs rollout 2
-    finish(grower, 2, [1], logprob=-4.0)
-    # The step of rollout 3, "8", has a branch under way; "4" has children of confidence exp(-1) and exp(-4) now.
+    finish(grower, 1, [8, 1], logprob=-3.0)  # ends at tick 2
+    assert grower.next_requests() == []  # rollout 0 may end before that
+    assert grower.next_requests(lambda number: 1) == []  # or at that tick, and then it comes first
+    (first,) = grower.next_requests(lambda number: 2)  # now it cannot: it will end at tick 3 or later
+    assert first.prefix_ids == [9, 8] and len(grower.tree.leaves) == 1
+    finish(grower, 0, [4, 4, 1])  # ends at tick 3, no later than rollout 2, which started at tick 2
+    # "8" is the least confident but has a branch under way.
+    (second,) = grower.next_requests()
+    assert second.prefix_ids == [9, 4] and len(grower.tree.leaves) == 2
+    finish(grower, 3, [1], logprob=-4.0)  # ends at tick 4, and rollout 2 has not said that it is past it
+    assert grower.next_requests() == []
+    finish(grower, 2, [1, 1, 1])  # at tick 5; so "4" has children of confidence exp(-1) and exp(-4) when it is chosen
     (third,) = grower.next_requests()
     assert third.prefix_ids == [9, 4]
+    finish(grower, 4, [1])
+    assert grower.next_requests() == [] and grower.done
+    assert grower.tree.branch_steps[:2] == [0, 0]  # leaves are in the order of submission in the end
+    assert [len(grower.tree.trajectory(leaf)[0]) for leaf in range(5)] == [3, 2, 4, 2, 2]
 
 
 def test_a_step_with_a_branch_under_way_is_chosen_where_no_other_may_be():

@@ -147,7 +147,9 @@ def test_every_leaf_is_scored_once_by_every_function(event_loop):
 
 
 @pytest.mark.parametrize(
-    "convert", [list, tuple, np.array, torch.tensor, lambda values: (value for value in values)], ids=str
+    "convert",
+    [list, tuple, np.array, torch.tensor, lambda values: (value for value in values)],
+    ids=["list", "tuple", "array", "tensor", "generator"],
 )
 def test_any_sequence_of_numbers_will_do(convert):
     scorer = make_scorer(lambda completions, **kwargs: convert(by_completion(completions)), reward_names=["reward"])

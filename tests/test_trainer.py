@@ -47,7 +47,7 @@ class ReplayGRPOTrainer(GRPOTrainer):
 class ReplayEngine:
     """An engine that returns the given completions for the flat tree's requests."""
 
-    name, max_length = "replay", None
+    name, max_length, batched = "replay", None, True
 
     def __init__(self, replay: Replay):
         self.replay, self.queue = replay, []
@@ -63,6 +63,9 @@ class ReplayEngine:
         ]
         self.queue = []
         return finished
+
+    def generated(self, request_id):
+        return 0
 
     def abort(self):
         self.queue = []

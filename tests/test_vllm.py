@@ -93,6 +93,11 @@ class Shuffled:
         self.engine, self.random, self.waiting = engine, random.Random(seed), []
         self.max_length = engine.max_length
 
+    def generated(self, request_id):
+        return (
+            0 if self.engine._prefix + request_id not in self.engine._in_flight else self.engine.generated(request_id)
+        )
+
     def submit(self, requests):
         self.waiting += requests
 

@@ -4,14 +4,16 @@ A tree depends only on itself, so each is a state machine (`TreeGrower`): `B0` r
 rounds, each choosing `K` steps and continuing each of them with `B` rollouts. As soon as a round is complete
 (sampled and scored) its own tree submits the next; `grow_trees` drives all trees over one engine.
 
-Rollouts of a tree are numbered in the order of their submission and join the tree in that order, whatever order the
-engine finishes them in, so a tree depends on its seeds and rewards alone.
+A tree depends on its seeds and rewards alone, whatever order the engine finishes rollouts in. Its own clock sees to
+that: time is counted in tokens, as if every rollout gained one token a tick from the moment it was decided on, and
+rollouts join the tree in the order of their ends on that clock. A busy engine that delays some of them delays the
+tree's decisions, and does not change them.
 
 Engine-agnostic and free of torch and TRL.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -53,10 +55,16 @@ class GrowthSettings:
 class _Branch:
     """One rollout of a tree, from its submission until it is grafted."""
 
+    number: int  # in the order of submission
     after: int  # step it continues
     prefix: list[int]  # completion tokens before it
+    start: int  # on the tree's clock
     rollout: Rollout | None = None
     success: float | None = None  # NaN: unknown for good; None: not scored yet
+
+    @property
+    def complete(self) -> bool:
+        return self.rollout is not None and self.success is not None
 
 
 class TreeGrower:
@@ -65,32 +73,50 @@ class TreeGrower:
     Ask `next_requests` for the rollouts to submit now, hand back what finishes to `add_rollout` and its success to
     `add_success`, until `done`.
 
-    `branch_lookahead = d` lets a round start when all but the last `d` rollouts submitted before it are complete; it
-    is chosen with the scores of those alone, even if more have finished meanwhile, so that the tree does not depend
-    on timing. `d = 0` is the paper exactly.
+    `branch_lookahead = d` lets a round start while up to `d` earlier rollouts are under way, chosen with the scores
+    of those that have joined the tree; `d = 0` is the paper exactly.
 
     Args:
         prompt_ids: token ids of the question.
         settings: shape and strategy.
         splitter: cuts token ids into steps.
         seed: numbers that identify this tree, from which every rollout's seed is derived.
+        batched: the engine ends all rollouts of a poll together, so that each takes one tick of the tree's clock.
     """
 
     def __init__(
-        self, prompt_ids: Sequence[int], settings: GrowthSettings, splitter: StepSplitter, seed: Sequence[int] = (0,)
+        self,
+        prompt_ids: Sequence[int],
+        settings: GrowthSettings,
+        splitter: StepSplitter,
+        seed: Sequence[int] = (0,),
+        batched: bool = False,
     ):
         self.tree = RolloutTree(prompt_ids)
-        self.success: list[float] = []  # of each grafted leaf, NaN where unknown
+        self.success: list[float] = []  # of each leaf, NaN where unknown
         self.settings = settings
         self._splitter = splitter
         self._seed = list(seed)
+        # Without lookahead a round waits for all of the last one, so it does not matter who ended first.
+        self._batched = batched or settings.branch_lookahead == 0
         self._rng = np.random.default_rng([*self._seed, 0])
+        self._clock = 0
         self._branches: list[_Branch] = []  # every rollout submitted so far
+        self._pending: list[_Branch] = []  # those not in the tree yet
+        self._numbers: list[int] = []  # rollout number of each leaf
         self._branched: set[int] = set()
 
     @property
     def done(self) -> bool:
         return len(self.tree.leaves) == self.settings.leaves
+
+    @property
+    def can_join(self) -> bool:
+        """Whether enough rollouts are complete that their joining the tree could start a round, or finish the tree."""
+        complete = sum(branch.complete for branch in self._pending)
+        running = len(self._pending) - complete
+        more = len(self._branches) < self.settings.leaves
+        return complete > 0 and running <= (self.settings.branch_lookahead if more else 0)
 
     def scores(self) -> TreeScores:
         """Scores of the tree as grafted so far."""
@@ -115,41 +141,40 @@ class TreeGrower:
     def add_success(self, number: int, success: float) -> None:
         self._branches[number].success = success
 
-    def next_requests(self) -> list[RolloutRequest]:
-        """Graft what is complete and return the rollouts to submit now; empty while the tree has to wait."""
+    def next_requests(self, generated: Callable[[int], int] = lambda number: 0) -> list[RolloutRequest]:
+        """Graft what may join the tree and return the rollouts to submit now; empty while the tree has to wait.
+
+        Args:
+            generated: tokens that a running rollout, named by its number, has at least.
+        """
         if not self._branches:
             independent = STRATEGIES[self.settings.branching] is None
             count = self.settings.leaves if independent else self.settings.initial_rollouts
             return [self._submit(0) for _ in range(count)]
         requests: list[RolloutRequest] = []
-        while len(self._branches) < self.settings.leaves:
-            known = max(1, len(self._branches) - self.settings.branch_lookahead)
-            if not self._graft_up_to(known):
-                return requests
-            requests += [
-                self._submit(step) for step in self._choose_steps() for _ in range(self.settings.branches_per_node)
-            ]
-        self._graft_up_to(self.settings.leaves)
+        while self.can_join and self._graft_next(generated):
+            # One rollout joins at a time, so that a decision knows what had ended by then and no more.
+            while len(self._branches) < self.settings.leaves and len(self._pending) <= self.settings.branch_lookahead:
+                steps = self._choose_steps()
+                requests += [self._submit(step) for step in steps for _ in range(self.settings.branches_per_node)]
         return requests
 
     def _choose_steps(self) -> list[int]:
         """The steps of this round, chosen with what has been grafted."""
         strategy = STRATEGIES[self.settings.branching]
-        pending = {branch.after for branch in self._branches[len(self.tree.leaves) :]}
+        pending = {branch.after for branch in self._pending}
         eligible = self._eligible()
         # The score of a step with a branch under way is about to change: look elsewhere first.
-        fresh = eligible.copy()
-        fresh[list(pending)] = False
-        steps = select_steps(
-            strategy(self.scores(), self._rng), fresh if fresh.any() else eligible, self.settings.nodes_per_level
-        )
+        last = np.zeros_like(eligible)
+        last[list(pending)] = True
+        steps = select_steps(strategy(self.scores(), self._rng), eligible, self.settings.nodes_per_level, last)
         self._branched.update(steps)
         return steps
 
     def _eligible(self) -> np.ndarray:
         """Steps that may be branched, boolean `(N,)`; the root where nothing else may be."""
-        budget = self.settings.max_completion_length
-        eligible = np.array([bool(step.children) and step.end < budget for step in self.tree.steps])
+        # A step with children has token budget left: its children used some.
+        eligible = np.array([bool(step.children) for step in self.tree.steps])
         eligible[0] = self.settings.allow_root_branching
         if not self.settings.allow_repeated_branching:
             eligible[list(self._branched)] = False
@@ -158,9 +183,9 @@ class TreeGrower:
         return eligible
 
     def _submit(self, after: int) -> RolloutRequest:
-        prefix = self.tree.prefix(after)
-        number = len(self._branches)
-        self._branches.append(_Branch(after=after, prefix=prefix))
+        number, prefix = len(self._branches), self.tree.prefix(after)
+        self._branches.append(_Branch(number, after, prefix, start=self._clock))
+        self._pending.append(self._branches[-1])
         return RolloutRequest(
             request_id=str(number),
             prefix_ids=self.tree.prompt_ids + prefix,
@@ -168,17 +193,36 @@ class TreeGrower:
             seed=int(np.random.SeedSequence([*self._seed, 1, number]).generate_state(1)[0]),
         )
 
-    def _graft_up_to(self, count: int) -> bool:
-        """Graft rollouts in order of their numbers; false where one of the first `count` is not complete."""
-        while len(self.tree.leaves) < count:
-            branch = self._branches[len(self.tree.leaves)]
-            if branch.rollout is None or branch.success is None:
-                return False
-            token_ids = branch.rollout.token_ids
-            self.tree.graft(branch.after, token_ids, branch.rollout.logprobs, self._splitter.ends(token_ids))
-            self.success.append(branch.success)
-            branch.rollout = None  # the tree owns it now
+    def _end(self, branch: _Branch, generated: Callable[[int], int]) -> int:
+        """When a rollout ends on the tree's clock; the earliest it can where it is still running."""
+        if branch.rollout is None:
+            return branch.start + 1 + (0 if self._batched else generated(branch.number))
+        return branch.start + (1 if self._batched else len(branch.rollout.token_ids))
+
+    def _graft_next(self, generated: Callable[[int], int]) -> bool:
+        """Graft the pending rollout that ends first on the tree's clock; false where it is not complete or known."""
+        if not self._pending:
+            return False
+        branch = min(self._pending, key=lambda each: (self._end(each, generated), each.number))
+        if not branch.complete:
+            return False
+        self._clock = self._end(branch, generated)
+        token_ids = branch.rollout.token_ids
+        self.tree.graft(branch.after, token_ids, branch.rollout.logprobs, self._splitter.ends(token_ids))
+        self.success.append(branch.success)
+        self._numbers.append(branch.number)
+        self._pending.remove(branch)
+        branch.rollout = None  # the tree owns it now
+        if self.done:
+            self._restore_submission_order()
         return True
+
+    def _restore_submission_order(self) -> None:
+        """Leaves of a grown tree are in the order of their rollout numbers, as rows of a batch are."""
+        order = np.argsort(self._numbers)
+        self.tree.leaves = [self.tree.leaves[index] for index in order]
+        self.tree.branch_steps = [self.tree.branch_steps[index] for index in order]
+        self.success = [self.success[index] for index in order]
 
 
 class LeafScorer(Protocol):
@@ -211,15 +255,22 @@ def grow_trees(
         on_rollout: called after every finished rollout, for progress bars.
     """
     in_flight: dict[str, tuple[int, int]] = {}
-    ready = list(range(len(growers)))
+    ready = set(range(len(growers)))  # trees that may have something to do
+
+    def generated(tree: int, number: int) -> int:
+        request_id = f"{tree}-{number}"  # not in flight yet: only just decided on
+        return engine.generated(request_id) if request_id in in_flight else 0
+
     try:
         while True:
             requests = []
-            for tree in ready:
-                for request in growers[tree].next_requests():
+            for tree in sorted(ready):
+                grower = growers[tree]
+                for request in grower.next_requests(lambda number, tree=tree: generated(tree, number)):
                     request_id = f"{tree}-{request.request_id}"
                     in_flight[request_id] = (tree, int(request.request_id))
-                    requests.append(RolloutRequest(request_id, request.prefix_ids, request.max_tokens, request.seed))
+                    requests.append(replace(request, request_id=request_id))
+            waiting = {tree for tree in ready if growers[tree].can_join}
             if requests:
                 engine.submit(requests)
             elif not in_flight and all(grower.done for grower in growers):
@@ -234,10 +285,14 @@ def grow_trees(
             if leaves:
                 scorer.submit(leaves)
             scored = scorer.collect(wait=not in_flight)
+            if not (requests or finished or scored or in_flight):
+                raise RuntimeError("Trees wait for scores, but the scorer has none pending.")
             for tree, number, success in scored:
                 growers[tree].add_success(number, success)
-            ready = sorted({tree for tree, _, _ in scored})
+            ready = waiting | {tree for tree, _, _ in scored}
     except BaseException:
-        engine.abort()
-        scorer.cancel()
+        try:
+            engine.abort()
+        finally:
+            scorer.cancel()
         raise

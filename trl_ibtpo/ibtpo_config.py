@@ -264,7 +264,7 @@ class IBTPOConfig(GRPOConfig):
                 raise ValueError(f"`{name}` is {value!r}; it must be a whole number of at least 1.")
         if not isinstance(self.branch_lookahead, int) or self.branch_lookahead < 0:
             raise ValueError(
-                f"`branch_lookahead` is {self.branch_lookahead!r}; it must be a whole number of at least 0 (the paper)."
+                f"`branch_lookahead` is {self.branch_lookahead!r}; it must be a whole number from 0 (the paper)."
             )
         if self.growth_settings.leaves < 2:
             raise ValueError(

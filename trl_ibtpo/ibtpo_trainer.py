@@ -231,6 +231,7 @@ class IBTPOTrainer(GRPOTrainer):
                     replace(settings, max_completion_length=budget),
                     self._splitter,
                     seed=(self.args.seed, self.state.global_step, prompt_index),
+                    batched=engine.batched,
                 )
             )
         return growers

@@ -29,10 +29,14 @@ class RolloutEngine(Protocol):
 
     name: str  # for logs
     max_length: int | None  # tokens of prefix and continuation together, None for no limit
+    batched: bool  # whether all rollouts of a poll end together
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None: ...
 
     def poll(self) -> list[Rollout]: ...
+
+    def generated(self, request_id: str) -> int:
+        """Tokens that a request in flight has been given so far, or fewer."""
 
     def abort(self) -> None:
         """Forget every request in flight."""

@@ -33,6 +33,7 @@ class TransformersEngine:
     """
 
     name = "transformers"
+    batched = True
     max_length = None  # transformers generates past the model's positions, as in TRL
 
     def __init__(self, model: PreTrainedModel, generation_config: GenerationConfig, pad_token_id: int):
@@ -50,6 +51,9 @@ class TransformersEngine:
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
         self._queue.extend(requests)
+
+    def generated(self, request_id: str) -> int:
+        return 0  # all or nothing
 
     def abort(self) -> None:
         self._queue.clear()
@@ -88,8 +92,27 @@ class TransformersEngine:
         return rollouts
 
 
+# Options that return something else than one sample, or change its distribution after the log-probs are recorded.
+_UNSUPPORTED_OPTIONS = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "do_sample": True,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "top_h": None,
+}
+
+
 def _warpers(config: GenerationConfig) -> list[LogitsProcessor]:
     """Temperature, top-k, top-p and min-p in the order in which transformers applies them."""
+    for name, neutral in _UNSUPPORTED_OPTIONS.items():
+        value = getattr(config, name, None)
+        if value is not None and value != neutral:
+            raise ValueError(
+                f"`generation_kwargs` sets `{name}` to {value!r}, which is not supported: a tree needs one sample per "
+                "request and its log-probabilities. Sample with temperature, top_k, top_p and min_p."
+            )
     warpers: list[LogitsProcessor] = []
     if config.temperature is not None and config.temperature != 1.0:
         warpers.append(TemperatureLogitsWarper(config.temperature))

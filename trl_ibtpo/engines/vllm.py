@@ -7,6 +7,7 @@ token ids, so vLLM's prefix cache (on by default) finds the blocks that earlier 
 
 import itertools
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ class VLLMEngine:
     """
 
     name = "vLLM, colocated"
+    batched = False
     _batches = itertools.count()  # makes request ids unique in an engine that outlives this object
 
     def __init__(self, generation: VLLMGeneration):
@@ -61,7 +63,7 @@ class VLLMEngine:
         }
         self._sampling_params = SamplingParams
         self._prefix = f"tree-{next(self._batches)}-"
-        self._in_flight: set[str] = set()
+        self._in_flight: dict[str, str] = {}  # request id to vLLM's own
         self.cached_tokens = 0  # prefix tokens that were not computed again
         self.prefix_tokens = 0
 
@@ -83,15 +85,15 @@ class VLLMEngine:
         for request in requests:
             parameters = self._sampling_params(**self._sampling, max_tokens=request.max_tokens, seed=request.seed)
             request_id = self._prefix + request.request_id
-            self._llm_engine.add_request(request_id, {"prompt_token_ids": request.prefix_ids}, parameters)
-            self._in_flight.add(request_id)
+            prompt = {"prompt_token_ids": request.prefix_ids}
+            self._in_flight[request_id] = self._llm_engine.add_request(request_id, prompt, parameters)
 
     def poll(self) -> list[Rollout]:
         rollouts = []
         for output in self._llm_engine.step():
             if not output.finished or output.request_id not in self._in_flight:
                 continue
-            self._in_flight.remove(output.request_id)
+            del self._in_flight[output.request_id]
             self.cached_tokens += output.num_cached_tokens or 0
             self.prefix_tokens += len(output.prompt_token_ids)
             completion = output.outputs[0]
@@ -101,6 +103,10 @@ class VLLMEngine:
             ]
             rollouts.append(Rollout(output.request_id.removeprefix(self._prefix), token_ids, logprobs))
         return rollouts
+
+    def generated(self, request_id: str) -> int:
+        state = self._llm_engine.output_processor.request_states[self._in_flight[self._prefix + request_id]]
+        return state.detokenizer.num_output_tokens()
 
     def abort(self) -> None:
         if self._in_flight:
@@ -112,7 +118,8 @@ class VLLMServerEngine:
     """A `vllm serve` on another machine, through TRL's client; every rollout is a request of its own.
 
     The server batches what arrives, so trees need not wait for each other here either. A poll returns as soon as one
-    rollout is finished.
+    rollout is finished. With `branch_lookahead` above 0 rollouts join a tree in the order in which their answers
+    arrive, so that trees then depend on timing.
 
     Args:
         client: TRL's `VLLMClient`.
@@ -122,6 +129,7 @@ class VLLMServerEngine:
     """
 
     name = "vLLM server"
+    batched = False
 
     def __init__(self, client: Any, sampling: dict[str, Any], max_length: int, max_concurrent_requests: int = 256):
         self.max_length = max_length
@@ -145,10 +153,14 @@ class VLLMServerEngine:
         finished, _ = wait(self._in_flight, return_when=FIRST_COMPLETED)
         return [Rollout(self._in_flight.pop(future), *future.result()) for future in finished]
 
+    def generated(self, request_id: str) -> int:
+        # The server does not say; taken as past every end, so that no tree waits for a rollout to get there.
+        return sys.maxsize
+
     def abort(self) -> None:
-        # A request that the server is working on ends there by its own budget; its answer is not read.
-        for future in self._in_flight:
-            future.cancel()
+        # What the server is working on ends by its own budget; it is waited for, so that nothing is left behind.
+        running = [future for future in self._in_flight if not future.cancel()]
+        wait(running)
         self._in_flight.clear()
 
     def _generate(self, request: RolloutRequest) -> tuple[list[int], list[float]]:

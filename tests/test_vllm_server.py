@@ -1,0 +1,115 @@
+"""Trees through a real vLLM server on this machine, with TRL's client.
+
+Not run here: a trainer in server mode. TRL pushes weights to a server over NCCL, which needs a CUDA device, and does
+not start without one; the last test says so in TRL's words.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+import torch
+from test_vllm import EvenTokens
+from transformers import AutoModelForCausalLM
+from trl.generation.vllm_client import VLLMClient
+
+from trl_ibtpo.engines.vllm import VLLMServerEngine
+from trl_ibtpo.growth import GrowthSettings, TreeGrower, grow_trees
+from trl_ibtpo.steps import StepSplitter
+
+SAMPLING = {
+    "repetition_penalty": 1.0,
+    "temperature": 0.8,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "n": 1,
+    "logprobs": 0,
+    "skip_special_tokens": False,  # as a user's `generation_kwargs` would be passed on
+}
+
+
+@pytest.fixture(scope="module")
+def client(model_path, tmp_path_factory):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    # The module rather than `vllm serve`, whose command looks for a distribution called vllm; the CPU build is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_path]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--logprobs-mode", "processed_logprobs"]
+    command += ["--gpu-memory-utilization", "0.1", "--max-num-seqs", "16"]
+    quick = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_CI_ENV": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    with log.open("w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **quick})
+    try:
+        deadline = time.monotonic() + 240
+        while True:
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            try:
+                client = VLLMClient(base_url=f"http://127.0.0.1:{port}")
+                break
+            except OSError:  # what requests raises while nobody listens
+                time.sleep(1)
+        yield client
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def grow(client, tokenizer, lookahead=0, scorer=None):
+    settings = GrowthSettings(max_completion_length=40, branch_lookahead=lookahead)
+    splitter = StepSplitter(tokenizer, "e")
+    growers = [
+        TreeGrower(tokenizer.encode(row["prompt"]), settings, splitter, seed=(7, index))
+        for index, row in enumerate(list(tiny.questions())[:3])
+    ]
+    max_length = client.get_server_info()["model_config"]["max_model_len"]
+    with VLLMServerEngine(client, SAMPLING, max_length).awake() as engine:
+        assert engine.max_length == 256
+        grow_trees(growers, engine, scorer or EvenTokens())
+        assert not engine._in_flight
+    return growers
+
+
+def test_trees_repeat_with_their_seeds(client):
+    tokenizer = tiny.byte_level_tokenizer()
+    first, second = (grow(client, tokenizer) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert [one.tree.trajectory(leaf)[0] for leaf in range(12)] == [
+            other.tree.trajectory(leaf)[0] for leaf in range(12)
+        ]
+
+
+def test_lookahead_and_log_probabilities(client, model_path):
+    """The log-probs are those of the model at the sampling temperature, on whole trajectories."""
+    tokenizer = tiny.byte_level_tokenizer()
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    for grower in grow(client, tokenizer, lookahead=4):
+        for leaf in range(12):
+            token_ids, logprobs = grower.tree.trajectory(leaf)
+            assert 0 < len(token_ids) <= 40
+            ids = grower.tree.prompt_ids + token_ids
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0, :-1].float() / SAMPLING["temperature"]
+            expected = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids[1:])[:, None])[-len(token_ids) :, 0]
+            assert (expected - torch.tensor(logprobs)).abs().mean() < 0.05
+
+
+def test_failure_comes_through_and_nothing_hangs(client):
+    class Broken(EvenTokens):
+        def submit(self, leaves):
+            raise RuntimeError("grader is down")
+
+    with pytest.raises(RuntimeError, match="grader is down"):
+        grow(client, tiny.byte_level_tokenizer(), scorer=Broken())
+
+
+def test_weights_need_a_gpu(client):
+    """Why no trainer runs in server mode in these tests."""
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"weight-transfer engine|needs a CUDA device"):
+        client.init_communicator("cpu")
