@@ -11,7 +11,7 @@ quickstart: .venv/installed
 	$(BIN)/python examples/quickstart.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
 
 # torch first and with its dependencies: a plain `torch` would bring another build. The rest is pinned completely, so
 # nothing is resolved; vLLM's CPU build needs this, since its declared dependencies exist for CUDA only.

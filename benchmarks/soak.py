@@ -1,0 +1,95 @@
+"""Whether anything is left behind: generation batches on the real vLLM engine, some aborted, some failing.
+
+    python -m benchmarks.soak [--quick] [--runs 10] [--batches 200] [--json FILE]
+
+After every batch the engine must hold no request; after every run the memory of the process is reported.
+"""
+
+import random
+
+import psutil
+from tqdm.auto import tqdm
+
+from benchmarks import common
+from benchmarks.rollouts import FixedSteps, start_engine
+from trl_ibtpo.engines.vllm import VLLMEngine
+from trl_ibtpo.growth import GrowthSettings, TreeGrower, grow_trees
+
+
+class Aborted(Exception):
+    pass
+
+
+class Scorer:
+    """Scores leaves, or raises at a call drawn beforehand."""
+
+    def __init__(self, fails_at: int | None):
+        self.fails_at, self.calls, self.scored = fails_at, 0, []
+
+    def submit(self, leaves):
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise ValueError("the reward function fails")
+        self.scored += [(tree, number, float(sum(ids) % 2)) for tree, number, ids in leaves]
+
+    def collect(self, wait):
+        scored, self.scored = self.scored, []
+        return scored
+
+    def cancel(self):
+        self.scored = []
+
+
+def batch(generation, rng: random.Random) -> str:
+    """Grow three trees with a lookahead and a fate drawn at random; returns the fate."""
+    fate = rng.choice(["grown", "grown", "aborted", "failed"])
+    settings = GrowthSettings(max_completion_length=16, branch_lookahead=rng.choice([0, 2, 8]))
+    growers = [
+        TreeGrower([rng.randrange(5, 300) for _ in range(8)], settings, FixedSteps(), (rng.randrange(2**31),))
+        for _ in range(3)
+    ]
+    aborts_at, finished = rng.randrange(1, 30), 0
+
+    def on_rollout():
+        nonlocal finished
+        finished += 1
+        if fate == "aborted" and finished == aborts_at:
+            raise Aborted
+
+    try:
+        grow_trees(
+            growers, VLLMEngine(generation), Scorer(rng.randrange(1, 4) if fate == "failed" else None), on_rollout
+        )
+    except (Aborted, ValueError):
+        assert fate != "grown"
+    else:
+        assert fate == "grown" and all(grower.done for grower in growers)
+    assert not generation.llm.llm_engine.has_unfinished_requests(), f"a request is left behind: {fate}"
+    return fate
+
+
+def main() -> None:
+    arguments = common.parser(__doc__.splitlines()[0])
+    arguments.add_argument("--runs", type=int, default=10)
+    arguments.add_argument("--batches", type=int, default=200)
+    args = arguments.parse_args()
+    if args.quick:
+        args.runs, args.batches = 2, 5
+    generation = start_engine(layers=2, hidden=64, max_num_seqs=36, quick=args.quick)
+    process, rows = psutil.Process(), []
+    with tqdm(total=args.runs * args.batches, unit="batch") as progress:
+        for run in range(args.runs):
+            rng, fates = random.Random(run), []
+            for _ in range(args.batches):
+                fates.append(batch(generation, rng))
+                progress.update()
+            row = {"run": run, **{fate: fates.count(fate) for fate in ("grown", "aborted", "failed")}}
+            processor = generation.llm.llm_engine.output_processor
+            row["requests_left"] = processor.get_num_unfinished_requests()
+            row["memory_mib"] = process.memory_info().rss / 2**20
+            rows.append(row)
+    common.report("Generation batches that end badly", rows, args.json)
+
+
+if __name__ == "__main__":
+    main()
