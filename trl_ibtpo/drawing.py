@@ -1,0 +1,211 @@
+"""Pictures of a tree and of a training run.
+
+Pure functions of a `RolloutTree`, the success of its leaves and its scores, or of the trainer's `log_history`.
+matplotlib is imported when a picture is drawn, and only its object interface is used: no window, no global state.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .scores import TreeScores
+from .tree import RolloutTree
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LEAF_MARKERS = {"right": ("P", "#2166ac"), "wrong": ("X", "#b2182b"), "unscored": ("d", "#777777")}
+CURVES = {"reward": "#555555", "tree/average_success": "#2166ac", "tree/effective_rate": "#d95f02"}
+_COLOURS = ("#555555", "#2166ac", "#d95f02", "#1b7837", "#762a83", "#b2182b")
+
+
+def draw_tree(
+    tree: RolloutTree,
+    success_L: Sequence[float],
+    scores: TreeScores,
+    path: str | Path | None = None,
+    *,
+    title: str = "Rollout tree",
+    decode: Callable[[list[int]], str] | None = None,
+    initial_rollouts: int | None = None,
+    branches_per_round: int = 1,
+) -> "Figure":
+    """Draw a tree from left to right: one row per leaf, a step where its last token stands.
+
+    Args:
+        tree: at least one rollout.
+        success_L: success of each leaf in [0, 1], NaN where unknown, `(L,)`; below 0.5 a leaf is marked wrong.
+        scores: scores of the tree; the density `p(s)` colours the steps.
+        path: where to save the picture.
+        title: heading, for example the question.
+        decode: token ids to text, to write the steps where there is room. The text may hold anything.
+        initial_rollouts: the paper's `B0`; by default, the rollouts that start at the root before any other.
+        branches_per_round: the paper's `K * B`.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    rows = _rows(tree)
+    ends = [step.end for step in tree.steps]
+    width = max(ends)
+    figure = Figure(figsize=(13, 1.6 + 0.5 * len(tree.leaves)), layout="constrained")
+    axes = figure.add_subplot()
+    for index, step in enumerate(tree.steps[1:], start=1):
+        start, row = ends[step.parent], rows[index]
+        if rows[step.parent] != row:
+            axes.plot([start, start], [rows[step.parent], row], color="#b0b0b0", linewidth=1.2, zorder=1)
+        axes.plot([start, step.end], [row, row], color="#b0b0b0", linewidth=1.2, zorder=1)
+        if decode is not None:
+            # About 150 characters of this size fit across the picture; the gap is for the nodes at both ends.
+            text = _shorten(decode(step.token_ids), int(150 * len(step.token_ids) / width) - 2)
+            axes.text((start + step.end) / 2, row - 0.16, text, fontsize=8, ha="center", va="bottom", **_PLAIN)
+    colour_map = colormaps["RdYlBu"].with_extremes(bad="#c8c8c8")  # grey: no scored leaf under the step
+    nodes = axes.scatter(
+        ends, rows, c=scores.density, cmap=colour_map, vmin=0, vmax=1, plotnonfinite=True, s=75, edgecolors="#606060"
+    )
+    nodes.set(linewidths=0.6, zorder=3)
+    nodes.set_gid("steps")
+    axes.scatter([0], [rows[0]], marker="s", s=150, facecolors="none", edgecolors="black", zorder=4)
+
+    for step, rounds in _rounds(tree, initial_rollouts, branches_per_round).items():
+        axes.scatter(
+            [ends[step]], [rows[step]], s=135, facecolors="none", edgecolors="black", linewidths=1.3, zorder=4
+        )
+        label = ", ".join(map(str, rounds))
+        axes.text(ends[step] + 0.006 * width, rows[step] + 0.17, label, fontsize=8, fontweight="bold", va="top")
+
+    kinds = [leaf_kind(success) for success in success_L]
+    for kind, (marker, colour) in LEAF_MARKERS.items():
+        leaves = [leaf for leaf, other in zip(tree.leaves, kinds, strict=True) if other == kind]
+        x = [ends[leaf] + 0.018 * width for leaf in leaves]
+        markers = axes.scatter(x, [rows[leaf] for leaf in leaves], marker=marker, color=colour, s=80, zorder=3)
+        markers.set_gid(kind)
+
+    axes.set(xlim=(-0.02 * width, 1.04 * width), ylim=(len(tree.leaves) - 0.4, -0.8), yticks=[])
+    axes.set_xlabel("tokens of the completion")
+    axes.set_title(_printable(title), loc="left", fontsize=11, **_PLAIN)
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    figure.colorbar(nodes, ax=axes, label="reward density p(s)", pad=0.01, aspect=30)
+    point = {"linestyle": "none", "markeredgecolor": "black", "markerfacecolor": "none"}
+    handles = [Line2D([], [], marker="s", markersize=10, label="question", **point)]
+    handles += [Line2D([], [], marker="o", markersize=10, label="branched here, in round 1, 2, ...", **point)]
+    for kind, (marker, colour) in LEAF_MARKERS.items():
+        label = f"{kind} ({kinds.count(kind)})"
+        handles.append(Line2D([], [], marker=marker, color=colour, markersize=8, linestyle="none", label=label))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    return _save(figure, path)
+
+
+def draw_learning_curve(
+    log_history: Sequence[dict],
+    path: str | Path | None = None,
+    keys: Sequence[str] = tuple(CURVES),
+    *,
+    held_out: tuple[float, float] | None = None,
+    title: str = "IB-TPO",
+) -> "Figure":
+    """Draw logged rates against the training step: every log as a light point, its moving mean as a line.
+
+    Args:
+        log_history: `trainer.state.log_history`.
+        path: where to save the picture.
+        keys: metrics to draw; one that was never logged is left out.
+        held_out: held-out accuracy before and after training.
+        title: heading.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for number, key in enumerate(keys):
+        logs = [(log["step"], log[key]) for log in log_history if key in log and np.isfinite(log[key])]
+        if not logs:
+            continue
+        steps, values = np.array(logs, dtype=float).T
+        colour = CURVES.get(key, _COLOURS[number % len(_COLOURS)])
+        axes.scatter(steps, values, color=colour, alpha=0.25, s=14, linewidths=0)
+        # Reward and success coincide where the reward is 0 or 1: dashes let the other line show.
+        style = "--" if key == "reward" else "-"
+        axes.plot(steps, _moving_mean(values), style, color=colour, linewidth=2, label=key, zorder=3 - number % 2)
+    if held_out is not None:
+        for name, value, style in zip(("before", "after"), held_out, (":", "-."), strict=True):
+            axes.axhline(value, color="#1b7837", linestyle=style, label=f"held-out accuracy {name}: {value:.0%}")
+    axes.set(xlabel="training step", ylim=(-0.03, 1.03))
+    axes.set_title(_printable(title), loc="left", **_PLAIN)
+    axes.grid(alpha=0.25)
+    axes.spines[["right", "top"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return _save(figure, path)
+
+
+def leaf_kind(success: float) -> str:
+    """`right`, `wrong` or `unscored`: a key of `LEAF_MARKERS`."""
+    if np.isnan(success):
+        return "unscored"
+    return "right" if success >= 0.5 else "wrong"
+
+
+# Completions are untrusted text: "$...$" in them is not a formula.
+_PLAIN = {"parse_math": False, "usetex": False}
+
+
+def _rows(tree: RolloutTree) -> np.ndarray:
+    """Row of every step, `(N,)`: a first child stays on its parent's row, later ones go below its whole subtree."""
+    rows = np.zeros(len(tree.steps), dtype=int)
+    used, pending = 0, [(0, 0)]
+    while pending:  # no recursion: a completion may have thousands of steps
+        step, row = pending.pop()
+        rows[step] = row = row if row >= 0 else used
+        children = tree.steps[step].children
+        if not children:
+            used = max(used, row + 1)
+        pending += [(child, -1) for child in reversed(children[1:])]
+        pending += [(child, row) for child in children[:1]]
+    return rows
+
+
+def _rounds(tree: RolloutTree, initial_rollouts: int | None, branches_per_round: int) -> dict[int, list[int]]:
+    """Rounds in which each step was branched, counted from 1."""
+    if initial_rollouts is None:
+        later = (number for number, after in enumerate(tree.branch_steps) if after != 0)
+        initial_rollouts = next(later, len(tree.branch_steps))
+    rounds: dict[int, list[int]] = {}
+    for number, after in enumerate(tree.branch_steps[initial_rollouts:]):
+        current = 1 + number // branches_per_round
+        if current not in rounds.setdefault(after, []):
+            rounds[after].append(current)
+    return rounds
+
+
+def _printable(text: str) -> str:
+    """`text` on one line; a square for every character that the font cannot show."""
+    from matplotlib.font_manager import findfont, get_font
+
+    font = get_font(findfont(None))
+    text = " ".join(text.split())
+    return "".join(char if char.isprintable() and font.get_char_index(ord(char)) else "\u25a1" for char in text)
+
+
+def _shorten(text: str, length: int) -> str:
+    """At most `length` characters of `text`; nothing where that would say nothing."""
+    text = _printable(text[: 4 * max(length, 0) + 64])
+    if len(text) <= length:
+        return text
+    return text[: length - 1] + "\u2026" if length >= 6 else ""
+
+
+def _moving_mean(values: np.ndarray) -> np.ndarray:
+    """Mean over a window of a tenth of the run, narrower at its ends."""
+    half = len(values) // 20 + 1
+    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
+
+
+def _save(figure: "Figure", path: str | Path | None) -> "Figure":
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    return figure
