@@ -7,8 +7,6 @@ Avg-Rate the mean success of all completions; both with standard errors over que
 in tokens, as in vLLM, so the figures are those of any engine that keeps up with it.
 """
 
-import json
-
 import numpy as np
 import torch
 from tqdm.auto import tqdm
@@ -84,11 +82,10 @@ def main() -> None:
     args = arguments.parse_args()
     if args.quick:
         args.questions = args.chunk = 16
-    model, tokenizer = quickstart.warm_start(args.seed, max_steps=10 if args.quick else None)
+    _, training = quickstart.make_questions(args.seed)
+    model, tokenizer = quickstart.warm_start(training, args.seed, **({"max_steps": 10} if args.quick else {}))
     model.eval()
-    entries = [
-        json.loads(json.dumps(entry)) for entry in quickstart.make_task(args.questions, seed=10_000 + args.seed)
-    ]
+    entries = list(quickstart.make_task(args.questions, seed=10_000 + args.seed))
     results: dict[int, list] = {index: [] for index in range(len(MODES))}
     chunks = range(0, args.questions, args.chunk)
     with tqdm(total=len(chunks) * len(MODES), unit="run") as progress:

@@ -6,6 +6,7 @@ The engine is real; lengths are scripted (lognormal, the same for all modes), si
 own. Modes, all with the paper's tree (4, 9, 1, 1) unless said:
 
 - `independent`: 8 rollouts per question, about the tokens of a tree; every ratio is to this;
+- `unseeded`: the same, sampled from the engine's generator instead of a seed per request;
 - `independent_12`: as many rollouts as the tree has trajectories;
 - `lock_step`: every round waits for all trees;
 - `tree` with `lookahead` 0 (the paper, without barriers between trees), 1, 2, 4, 6, 8.
@@ -43,8 +44,8 @@ class FixedSteps:
 class ScriptedLengths(VLLMEngine):
     """The colocated engine on scripted completion lengths, counting its steps and the time spent in vLLM."""
 
-    def __init__(self, generation, seed: int):
-        super().__init__(generation)
+    def __init__(self, generation, seed: int, request_seeds: bool):
+        super().__init__(generation, request_seeds)
         self._sampling["ignore_eos"] = True
         self._script = seed
         self.steps, self.inside = 0, 0.0
@@ -122,11 +123,13 @@ class Mode:
     lookahead: int = 0
     settings: dict = field(default_factory=dict)
     lock_step: bool = False
+    request_seeds: bool = True
 
 
 INDEPENDENT = {"branching": "independent", "levels": 1}
 MODES = [
     Mode("independent", settings={**INDEPENDENT, "initial_rollouts": 8}),
+    Mode("unseeded", settings={**INDEPENDENT, "initial_rollouts": 8}, request_seeds=False),
     Mode("independent_12", settings={**INDEPENDENT, "initial_rollouts": 12}),
     Mode("lock_step", lock_step=True),
     *(Mode("tree", lookahead) for lookahead in (0, 1, 2, 4, 6, 8)),
@@ -170,7 +173,7 @@ def run(generation, mode: Mode, questions: int, seed: int) -> dict[str, float]:
         TreeGrower([rng.randrange(5, 300) for _ in range(PROMPT_TOKENS)], settings, FixedSteps(), (seed, index))
         for index in range(questions)
     ]
-    engine = ScriptedLengths(generation, seed)
+    engine = ScriptedLengths(generation, seed, mode.request_seeds)
     begin = time.perf_counter()
     grow_trees(growers, LockStep(engine) if mode.lock_step else engine, CoinReward())
     seconds = time.perf_counter() - begin

@@ -38,22 +38,24 @@ def sampling_arguments(generation: VLLMGeneration) -> dict[str, Any]:
 class VLLMEngine:
     """The colocated engine.
 
-    Use `awake` around a generation batch. Each request has its own seed, so a rollout depends on its prefix and seed
-    alone, not on what else is in the batch.
+    Use `awake` around a generation batch.
 
     Args:
         generation: TRL's, in colocate mode, its weights in sync.
+        request_seeds: sample each request from its own seed, so that a rollout depends on its prefix and seed alone,
+            not on what else is in the batch.
     """
 
     name = "vLLM, colocated"
     batched = False
     _batches = itertools.count()  # makes request ids unique in an engine that outlives this object
 
-    def __init__(self, generation: VLLMGeneration):
+    def __init__(self, generation: VLLMGeneration, request_seeds: bool = True):
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         self._generation = generation
+        self._request_seeds = request_seeds
         self._llm_engine = generation.llm.llm_engine
         self.max_length: int = self._llm_engine.vllm_config.model_config.max_model_len
         self._sampling = {
@@ -83,7 +85,8 @@ class VLLMEngine:
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
         for request in requests:
-            parameters = self._sampling_params(**self._sampling, max_tokens=request.max_tokens, seed=request.seed)
+            seed = request.seed if self._request_seeds else None
+            parameters = self._sampling_params(**self._sampling, max_tokens=request.max_tokens, seed=seed)
             request_id = self._prefix + request.request_id
             prompt = {"prompt_token_ids": request.prefix_ids}
             self._in_flight[request_id] = self._llm_engine.add_request(request_id, prompt, parameters)
