@@ -1,12 +1,14 @@
-"""What this package depends on in TRL, checked when a trainer is made, so that a moved hook is named and not guessed.
+"""What this package needs and what it cannot do, said when a trainer is made rather than found out while it runs.
 
 The hooks are methods of `GRPOTrainer` that are not public API; setup.cfg pins the release they were read from.
 """
 
 import inspect
+from typing import Any
 
 from packaging.version import Version
 from transformers.utils import logging
+from trl import GRPOConfig
 
 logger = logging.get_logger(__name__)
 
@@ -68,3 +70,48 @@ def check_vllm() -> None:
     version = Version(vllm.__version__)
     if not Version(oldest) <= Version(f"{version.major}.{version.minor}") <= Version(newest):
         logger.warning(f"vLLM {version} was not tested with trl_ibtpo; versions {oldest} to {newest} were.")
+
+
+NO_IMAGES = (
+    "Images are not supported in training: a tree branches text prefixes. Remove the 'image'/'images' columns, or "
+    "train this model with TRL's GRPOTrainer."
+)
+
+
+def refuse_unsupported(args: GRPOConfig, train_dataset: Any, kwargs: dict[str, Any]) -> None:
+    """Say before anything is loaded what cannot work, and what to do instead."""
+    for name in ("tools", "environment_factory", "rollout_func"):
+        if kwargs.get(name):
+            raise ValueError(
+                f"`{name}` is not supported: a tree branches inside a single completion. Leave it out, or train with "
+                "TRL's GRPOTrainer."
+            )
+    if args.use_transformers_continuous_batching:
+        raise ValueError(
+            "`use_transformers_continuous_batching` is not supported: it cannot give each rollout its own token "
+            "budget. Leave it off, or set `use_vllm=True`."
+        )
+    if args.use_vllm:
+        check_vllm()
+        if args.vllm_tensor_parallel_size > 1:
+            raise ValueError(
+                f"`vllm_tensor_parallel_size` is {args.vllm_tensor_parallel_size}, which is not supported: the "
+                "processes of a group would have to grow the same trees in step. Use 1 (each GPU has its own engine), "
+                "or `vllm_mode='server'` with a server that is itself tensor-parallel."
+            )
+        if args.vllm_structured_outputs_regex is not None or "structured_outputs" in (args.generation_kwargs or {}):
+            raise ValueError(
+                "Structured outputs (`vllm_structured_outputs_regex`) are not supported: a branch would match the "
+                "pattern from its own start, not from that of the completion. Leave it out, or train with TRL's "
+                "GRPOTrainer."
+            )
+    if train_dataset is None:
+        raise ValueError("`train_dataset` is required; it must have a column 'prompt'.")
+    columns = getattr(train_dataset, "column_names", None)
+    if columns is not None and "prompt" not in columns:
+        raise ValueError(
+            f"`train_dataset` has no column 'prompt' (it has: {', '.join(map(str, columns)) or 'none'}). Rename the "
+            "question's column, for example `dataset.rename_column('question', 'prompt')`."
+        )
+    if columns is not None and {"image", "images"} & set(columns):
+        raise ValueError(NO_IMAGES)

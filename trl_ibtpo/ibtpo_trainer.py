@@ -104,7 +104,7 @@ class IBTPOTrainer(GRPOTrainer):
         if not isinstance(args, IBTPOConfig):
             raise TypeError(f"`args` is a {type(args).__name__}; IBTPOTrainer needs an IBTPOConfig.")
         compat.check_hooks(GRPOTrainer)
-        _refuse_unsupported(args, train_dataset, kwargs)
+        compat.refuse_unsupported(args, train_dataset, kwargs)
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -141,7 +141,7 @@ class IBTPOTrainer(GRPOTrainer):
         inputs = [dict(row) for row in rows for _ in range(self.num_generations)]
         prompt_ids, images, _ = self._tokenize_prompts([row["prompt"] for row in inputs])
         if images is not None:
-            raise ValueError(_NO_IMAGES)
+            raise ValueError(compat.NO_IMAGES)
         growers, _ = self._grow(inputs, prompt_ids)
         return growers
 
@@ -164,7 +164,7 @@ class IBTPOTrainer(GRPOTrainer):
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
         if images is not None:
-            raise ValueError(_NO_IMAGES)
+            raise ValueError(compat.NO_IMAGES)
         self._growers, self._scorer = self._grow(self._tree_inputs, prompt_ids)
         trajectories = [grower.tree.trajectory(leaf) for grower in self._growers for leaf in range(num_generations)]
         completion_ids = [token_ids for token_ids, _ in trajectories]
@@ -385,48 +385,3 @@ class IBTPOTrainer(GRPOTrainer):
             f"(ib_coef={args.ib_coef}, ib_beta={args.ib_beta}); success from "
             f"'{self.reward_func_names[self._success_index]}'; engine: {engine}."
         )
-
-
-_NO_IMAGES = (
-    "Images are not supported in training: a tree branches text prefixes. Remove the 'image'/'images' columns, or "
-    "train this model with TRL's GRPOTrainer."
-)
-
-
-def _refuse_unsupported(args: IBTPOConfig, train_dataset: Any, kwargs: dict[str, Any]) -> None:
-    """Say before anything is loaded what cannot work, and what to do instead."""
-    for name in ("tools", "environment_factory", "rollout_func"):
-        if kwargs.get(name):
-            raise ValueError(
-                f"`{name}` is not supported: a tree branches inside a single completion. Leave it out, or train with "
-                "TRL's GRPOTrainer."
-            )
-    if args.use_transformers_continuous_batching:
-        raise ValueError(
-            "`use_transformers_continuous_batching` is not supported: it cannot give each rollout its own token "
-            "budget. Leave it off, or set `use_vllm=True`."
-        )
-    if args.use_vllm:
-        compat.check_vllm()
-        if args.vllm_tensor_parallel_size > 1:
-            raise ValueError(
-                f"`vllm_tensor_parallel_size` is {args.vllm_tensor_parallel_size}, which is not supported: the "
-                "processes of a group would have to grow the same trees in step. Use 1 (each GPU has its own engine), "
-                "or `vllm_mode='server'` with a server that is itself tensor-parallel."
-            )
-        if args.vllm_structured_outputs_regex is not None or "structured_outputs" in (args.generation_kwargs or {}):
-            raise ValueError(
-                "Structured outputs (`vllm_structured_outputs_regex`) are not supported: a branch would match the "
-                "pattern from its own start, not from that of the completion. Leave it out, or train with TRL's "
-                "GRPOTrainer."
-            )
-    if train_dataset is None:
-        raise ValueError("`train_dataset` is required; it must have a column 'prompt'.")
-    columns = getattr(train_dataset, "column_names", None)
-    if columns is not None and "prompt" not in columns:
-        raise ValueError(
-            f"`train_dataset` has no column 'prompt' (it has: {', '.join(map(str, columns)) or 'none'}). Rename the "
-            "question's column, for example `dataset.rename_column('question', 'prompt')`."
-        )
-    if columns is not None and {"image", "images"} & set(columns):
-        raise ValueError(_NO_IMAGES)
