@@ -188,6 +188,8 @@ def train_ibtpo(model, tokenizer, entries: list[dict], seed: int, max_steps: int
         per_device_train_batch_size=12 * TREES_PER_STEP,
         max_completion_length=MAX_COMPLETION_LENGTH,
         learning_rate=1e-4,  # the paper's 1e-6 is for billions of parameters
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=5,
         temperature=1.0,  # the model is to become sure of itself, so train on what it really says
         top_p=1.0,
         top_k=0,
