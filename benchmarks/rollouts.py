@@ -158,6 +158,7 @@ def start_engine(layers: int, hidden: int, max_num_seqs: int, quick: bool = Fals
         block_size=32,  # the smallest on a CPU; 16 on a GPU
         hf_overrides={"max_position_embeddings": PROMPT_TOKENS + MAX_LENGTH},
         logprobs_mode="processed_logprobs",
+        enable_chunked_prefill=False,  # see `CPUVLLMGeneration`
         distributed_executor_backend="external_launcher",
     )
     sampling = {"repetition_penalty": 1.0, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}

@@ -196,6 +196,22 @@ def test_prefix_cache_is_used(untied):
     assert engine.cached_tokens >= 128 and engine.prefix_tokens == 400
 
 
+def test_more_prompt_tokens_than_fit_into_one_step(untied):
+    """The engine computes 4096 prompt tokens a step; seeded requests beyond that wait for the next one."""
+    prompts = [[5 + (index * 7 + place) % 300 for place in range(180)] for index in range(24)]
+
+    def sample(prompts):
+        engine, found = untied._vllm_engine(), {}
+        engine.submit([RolloutRequest(str(prompt[0]), prompt, 3, seed=prompt[0]) for prompt in prompts])
+        while engine._in_flight:
+            found |= {rollout.request_id: rollout.token_ids for rollout in engine.poll()}
+        return found
+
+    untied.vllm_generation.llm.reset_prefix_cache()
+    together = sample(prompts)
+    assert together == {key: ids for prompt in prompts for key, ids in sample([prompt]).items()}
+
+
 def test_prompt_that_leaves_no_room_is_named(untied):
     row = {"prompt": "What is 3 + 4? " * 60, "letter": "a"}
     with pytest.raises(ValueError, match=r"A prompt has \d+ tokens, but vLLM's context holds 256 .*`vllm_max_model"):

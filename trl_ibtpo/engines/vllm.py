@@ -57,7 +57,7 @@ class VLLMEngine:
         self._generation = generation
         self._request_seeds = request_seeds
         self._llm_engine = generation.llm.llm_engine
-        self.max_length: int = self._llm_engine.vllm_config.model_config.max_model_len
+        self.max_length = _longest_request(self._llm_engine.vllm_config)
         self._sampling = {
             **sampling_arguments(generation),
             "output_kind": RequestOutputKind.FINAL_ONLY,
@@ -185,6 +185,9 @@ class CPUVLLMGeneration(VLLMGeneration):
     vLLM's CPU build repacks Linear weights when it loads them, and TRL's parameter-wise `load_weights` cannot write to
     packed ones. This takes vLLM's own `reload_weights` instead, then packs a tied LM head again: it has a packed copy
     of the embeddings, which reloading does not touch.
+
+    It also cannot take back a seeded sample after one part of a prompt ("CPU Generator does not use offset"), so
+    prompts are not computed in parts there.
     """
 
     @classmethod
@@ -192,6 +195,7 @@ class CPUVLLMGeneration(VLLMGeneration):
         """Take over an engine that TRL has started."""
         adopted = cls.__new__(cls)
         adopted.__dict__ = generation.__dict__
+        adopted.llm.llm_engine.vllm_config.scheduler_config.enable_chunked_prefill = False
         return adopted
 
     def sync_weights(self) -> None:
@@ -203,6 +207,13 @@ class CPUVLLMGeneration(VLLMGeneration):
         if lm_head is not None and getattr(model.config, "tie_word_embeddings", False):
             lm_head.quant_method.process_weights_after_loading(lm_head)
         self.llm.reset_prefix_cache()
+
+
+def _longest_request(vllm_config: Any) -> int:
+    """Tokens of prefix and continuation together that the engine can take."""
+    scheduler = vllm_config.scheduler_config
+    longest = vllm_config.model_config.max_model_len
+    return longest if scheduler.enable_chunked_prefill else min(longest, scheduler.max_num_batched_tokens)
 
 
 def runs_on_cpu() -> bool:
