@@ -30,8 +30,11 @@ def own_port():
     os.environ["MASTER_ADDR"] = "127.0.0.1"
 
 
+VLLM = {**tiny.FAST, "use_vllm": True, "learning_rate": 1e-2, "reproducible_rollouts": True}
+
+
 def vllm_arguments(output_dir, **overrides) -> IBTPOConfig:
-    return IBTPOConfig(str(output_dir), **{**tiny.FAST, "use_vllm": True, "learning_rate": 1e-2, **overrides})
+    return IBTPOConfig(str(output_dir), **{**VLLM, **overrides})
 
 
 def sampled_difference(trainer) -> float:
@@ -147,6 +150,24 @@ def test_trees_do_not_depend_on_interleaving(untied, lookahead):
     expected = grow(untied, lambda engine: engine, lookahead)
     for seed in range(2):
         assert grow(untied, lambda engine, seed=seed: Shuffled(engine, seed), lookahead) == expected
+
+
+def test_seeds_per_request_are_a_choice(untied):
+    """They cost throughput, so by default the engine's own generator samples."""
+    assert IBTPOConfig.__dataclass_fields__["reproducible_rollouts"].default is False
+
+    def sample(request_seeds):
+        engine = VLLMEngine(untied.vllm_generation, request_seeds)
+        engine.submit([RolloutRequest(str(index), [5, 6, 7], 20, seed=3) for index in range(2)])
+        rollouts = []
+        while engine._in_flight:
+            rollouts += engine.poll()
+        return [rollout.token_ids for rollout in rollouts]
+
+    first, second = sample(request_seeds=True)
+    assert first == second
+    first, second = sample(request_seeds=False)
+    assert first != second
 
 
 def in_engine(trainer) -> bool:

@@ -48,6 +48,9 @@ class IBTPOConfig(GRPOConfig):
             How many of the rollouts submitted last a round need not wait for. `0` is the paper exactly: a round is
             chosen when all earlier ones are sampled and scored. A larger number keeps the engine fuller and chooses
             with older scores.
+        reproducible_rollouts (`bool`, *optional*, defaults to `False`):
+            Whether vLLM samples every rollout from a seed of its own, so that the same seed and data grow the same
+            trees whatever else the engine is doing. Costs throughput: see docs/performance.md.
         ib_beta (`float`, *optional*, defaults to `5.0`):
             Weight of the information about the answer in the IB-Score. The paper's \( \beta \); `beta` remains the
             KL coefficient.
@@ -179,6 +182,13 @@ class IBTPOConfig(GRPOConfig):
         metadata={
             "help": "How many of the rollouts submitted last a round need not wait for. 0 is the paper exactly; a "
             "larger number keeps the engine fuller and chooses with older scores."
+        },
+    )
+    reproducible_rollouts: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether vLLM samples every rollout from a seed of its own, so that the same seed and data grow "
+            "the same trees whatever else the engine is doing. Costs throughput."
         },
     )
     ib_beta: float = field(

@@ -269,7 +269,7 @@ class IBTPOTrainer(GRPOTrainer):
 
     def _vllm_engine(self) -> VLLMEngine | VLLMServerEngine:
         if self.vllm_mode == "colocate":
-            return VLLMEngine(self.vllm_generation)
+            return VLLMEngine(self.vllm_generation, request_seeds=self.args.reproducible_rollouts)
         generation = self.vllm_generation
         if not hasattr(generation, "vllm_client"):  # TRL connects the main process alone
             generation.vllm_client = VLLMClient(
@@ -278,7 +278,9 @@ class IBTPOTrainer(GRPOTrainer):
             )
         client = generation.vllm_client
         max_length = client.get_server_info()["model_config"]["max_model_len"]
-        return VLLMServerEngine(client, sampling_arguments(generation), max_length)
+        return VLLMServerEngine(
+            client, sampling_arguments(generation), max_length, request_seeds=self.args.reproducible_rollouts
+        )
 
     def _make_scorer(self, inputs: list[dict[str, Any]], prompt_ids: list[list[int]]) -> RewardScorer:
         def decode(completion_ids: list[list[int]], rows: list[int]) -> list:

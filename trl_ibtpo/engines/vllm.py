@@ -128,14 +128,23 @@ class VLLMServerEngine:
         client: TRL's `VLLMClient`.
         sampling: see `sampling_arguments`.
         max_length: of the server's model, question and completion together.
+        request_seeds: see `VLLMEngine`.
         max_concurrent_requests: open connections at a time.
     """
 
     name = "vLLM server"
     batched = False
 
-    def __init__(self, client: Any, sampling: dict[str, Any], max_length: int, max_concurrent_requests: int = 256):
+    def __init__(
+        self,
+        client: Any,
+        sampling: dict[str, Any],
+        max_length: int,
+        request_seeds: bool = True,
+        max_concurrent_requests: int = 256,
+    ):
         self.max_length = max_length
+        self._request_seeds = request_seeds
         self._client = client
         self._sampling = {key: value for key, value in sampling.items() if key != "n"}
         self._executor = ThreadPoolExecutor(max_workers=max_concurrent_requests)
@@ -172,7 +181,7 @@ class VLLMServerEngine:
         output = self._client.generate(
             prompts=[request.prefix_ids],
             max_tokens=request.max_tokens,
-            generation_kwargs={**extra, "seed": request.seed},
+            generation_kwargs={**extra, "seed": request.seed} if self._request_seeds else extra,
             **{key: self._sampling[key] for key in known},
         )
         logprobs = [math.nan if values[0] is None else values[0] for values in output["logprobs"][0]]
