@@ -27,7 +27,6 @@ class Rollout:
 class RolloutEngine(Protocol):
     """Submit requests at any time; each `poll` does one unit of work and returns what has finished."""
 
-    name: str  # for logs
     max_length: int | None  # tokens of prefix and continuation together, None for no limit
     batched: bool  # whether all rollouts of a poll end together
 

@@ -32,7 +32,6 @@ class TransformersEngine:
         pad_token_id: any token; padding is masked.
     """
 
-    name = "transformers"
     batched = True
     max_length = None  # transformers generates past the model's positions, as in TRL
 

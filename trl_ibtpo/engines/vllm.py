@@ -46,7 +46,6 @@ class VLLMEngine:
             not on what else is in the batch.
     """
 
-    name = "vLLM, colocated"
     batched = False
     _batches = itertools.count()  # makes request ids unique in an engine that outlives this object
 
@@ -132,7 +131,6 @@ class VLLMServerEngine:
         max_concurrent_requests: open connections at a time.
     """
 
-    name = "vLLM server"
     batched = False
 
     def __init__(
