@@ -25,7 +25,7 @@ MODES = [
     ("random", {"branching": "random"}),
     ("confidence", {"branching": "confidence"}),
     ("ib", {}),
-    *(("ib", {"branch_lookahead": lookahead}) for lookahead in (1, 2, 3, 4, 6, 8)),
+    *(("ib", {"branch_lookahead": lookahead}) for lookahead in (1, 2, 4, 8)),
 ]
 
 

@@ -1,5 +1,6 @@
 """Growing trees over a scripted engine and a scripted scorer, which finish what they were given in any order."""
 
+import itertools
 import math
 import random
 from dataclasses import replace
@@ -43,6 +44,7 @@ class Engine:
         self.in_flight = {}
         self.submissions = []  # what each call of `submit` got
         self.rollouts = []
+        self.said = {}  # tokens that a request in flight admitted to have
         self._sample = sample
 
     @property
@@ -71,9 +73,19 @@ class Engine:
 
     def generated(self, request_id):
         """Some tokens fewer than it will have."""
+        said = self.rng.randint(0, len(self._sampled(request_id)[0]) - 1)
+        self.said[request_id] = max(said, self.said.get(request_id, 0))
+        return said
+
+    def partial(self, request_id, start, stop):
+        """What it will have, as far as it said that it has it."""
+        assert start < stop <= self.said[request_id]
+        token_ids, logprobs = self._sampled(request_id)
+        return token_ids[start:stop], logprobs[start:stop]
+
+    def _sampled(self, request_id):
         request = self.in_flight[request_id]
-        length = len(self._sample(request.prefix_ids, request.max_tokens, request.seed)[0])
-        return self.rng.randint(0, length - 1)
+        return self._sample(request.prefix_ids, request.max_tokens, request.seed)
 
     def abort(self):
         self.in_flight.clear()
@@ -153,7 +165,7 @@ def test_rules_of_every_tree(growth, seed, order):
         rollouts = {rollout.request_id: rollout for rollout in engine.rollouts}
         assert growth.leaves == len(requests) == len(tree.leaves) == len(set(tree.leaves)) == len(grower.success)
         assert growth.leaves == growth.initial_rollouts + (growth.levels - 1) * growth.branches_per_round
-        for number, request in enumerate(requests):  # rollouts join the tree in the order they were asked for
+        for number, request in enumerate(requests):  # leaves are in the order they were asked for
             rollout, after = rollouts[request.request_id], tree.branch_steps[number]
             assert request.prefix_ids == prompt + tree.prefix(after)
             assert request.max_tokens == growth.max_completion_length - len(tree.prefix(after)) >= 1
@@ -245,11 +257,13 @@ def test_which_steps_may_be_branched(growth, seed):
 def reference(prompt: list[int], growth: GrowthSettings, seeds: list[int]):
     """The tree on an ideal engine that gives every rollout a token a tick, IB-Scores by recursion.
 
-    Without lookahead this is the paper in lock-step: all rollouts of a round are known before the next.
+    Without lookahead this is the paper in lock-step: all rollouts of a round are known before the next. With it, a
+    round sees of a running rollout the steps that it has completed, whose answer is not known.
     """
     parent, tokens, logprobs, children, success = [None], [[]], [[]], [[]], {}
     seeds = list(seeds)
     running, number_of, launched, clock = [], {}, 0, 0
+    starts, after, seen = {}, {}, {}  # of each rollout: the node it continues, its last node, its tokens in the tree
 
     def prefix(node):
         return [] if parent[node] is None else prefix(parent[node]) + tokens[node]
@@ -259,23 +273,34 @@ def reference(prompt: list[int], growth: GrowthSettings, seeds: list[int]):
         head = prefix(node)
         ids, values = sample(prompt + head, growth.max_completion_length - len(head), seeds[launched])
         end = clock + len(ids) if growth.branch_lookahead else clock + 1
-        running.append((end, launched, node, ids, values))
+        running.append((end, launched, clock, ids, values))
+        after[launched], seen[launched], starts[launched] = node, [], node
         launched += 1
 
-    def join(number, node, ids, values):
-        head, start = prefix(node), 0
-        for end in Splitter().ends(ids):
-            parent.append(node)
+    def see(number, ids, values, stop):
+        """Append the steps that end by `stop` to those seen of this rollout."""
+        for start, end in itertools.pairwise([0, *Splitter().ends(ids)]):
+            if start < len(seen[number]) or end > stop:
+                continue
+            parent.append(after[number])
             tokens.append(ids[start:end])
             logprobs.append(values[start:end])
             children.append([])
-            children[node].append(len(parent) - 1)
-            node, start = len(parent) - 1, end
-        success[node] = success_of(head + ids)
-        number_of[node] = number
+            children[after[number]].append(len(parent) - 1)
+            after[number] = len(parent) - 1
+            seen[number] = ids[:end]
+
+    def join(number, _, ids, values):
+        see(number, ids, values, len(ids))
+        success[after[number]] = success_of(prefix(starts[number]) + ids)
+        number_of[after[number]] = number
 
     def leaves(node):
         return [success[node]] if node in success else [leaf for child in children[node] for leaf in leaves(child)]
+
+    def sight(number, start, ids, values):
+        # A step that ends now is complete only if something follows it, or it would be the end.
+        see(number, ids[: clock - start], values, clock - start - 1)
 
     def density(node):
         known = [value for value in leaves(node) if not math.isnan(value)]
@@ -303,11 +328,14 @@ def reference(prompt: list[int], growth: GrowthSettings, seeds: list[int]):
         clock, *ended = running.pop(0)
         join(*ended)
         while launched < growth.leaves and len(running) <= growth.branch_lookahead:
+            for _, number, *rest in sorted(running, key=lambda each: each[1]):
+                if growth.branch_lookahead:
+                    sight(number, *rest)
             nodes = [node for node in range(1, len(parent)) if children[node]]
             nodes = [0, *nodes] if growth.allow_root_branching else nodes
             if not growth.allow_repeated_branching:
                 nodes = [node for node in nodes if node not in branched]
-            under_way = {node for _, _, node, _, _ in running}
+            under_way = {starts[number] for _, number, *_ in running}
             # A stable sort: the earlier node first, those with a branch under way after all others.
             ranked = sorted(nodes or [0], key=lambda node: (node in under_way, -priority(node)))
             chosen = [ranked[index % len(ranked)] for index in range(growth.nodes_per_level)]
@@ -361,19 +389,34 @@ def test_a_round_waits_for_all_earlier_rollouts():
     assert grower.next_requests() == [] and grower.done
 
 
+class Running:
+    """Rollouts of which some tokens are known."""
+
+    def __init__(self, **tokens: list[int]):
+        self.tokens = {int(name.removeprefix("rollout_")): ids for name, ids in tokens.items()}
+
+    def generated(self, number):
+        return len(self.tokens.get(number, []))
+
+    def partial(self, number, start, stop):
+        return self.tokens[number][start:stop], [-2.0] * (stop - start)
+
+
 def test_lookahead_starts_a_round_early_with_what_is_then_known():
     growth = GrowthSettings(initial_rollouts=2, levels=4, max_completion_length=8, branch_lookahead=1)
     grower = TreeGrower([9], growth, Splitter())
     assert len(grower.next_requests()) == 2  # nothing is known yet
     finish(grower, 1, [8, 1], logprob=-3.0)  # ends at tick 2
     assert grower.next_requests() == []  # rollout 0 may end before that
-    assert grower.next_requests(lambda number: 1) == []  # or at that tick, and then it comes first
-    (first,) = grower.next_requests(lambda number: 2)  # now it cannot: it will end at tick 3 or later
-    assert first.prefix_ids == [9, 8] and len(grower.tree.leaves) == 1
-    finish(grower, 0, [4, 4, 1])  # ends at tick 3, no later than rollout 2, which started at tick 2
+    assert grower.next_requests(Running(rollout_0=[4])) == []  # or at that tick, and then it comes first
+    # Now it cannot: it will end at tick 3 or later. None of its steps is known to be followed by another.
+    (first,) = grower.next_requests(Running(rollout_0=[4, 4]))
+    assert first.prefix_ids == [9, 8]
+    finish(grower, 0, [4, 4, 1])  # ends at tick 3, as rollout 2 might, which started at tick 2
+    assert grower.next_requests() == []
     # "8" is the least confident but has a branch under way.
-    (second,) = grower.next_requests()
-    assert second.prefix_ids == [9, 4] and len(grower.tree.leaves) == 2
+    (second,) = grower.next_requests(Running(rollout_2=[1]))
+    assert second.prefix_ids == [9, 4]
     finish(grower, 3, [1], logprob=-4.0)  # ends at tick 4, and rollout 2 has not said that it is past it
     assert grower.next_requests() == []
     finish(grower, 2, [1, 1, 1])  # at tick 5; so "4" has children of confidence exp(-1) and exp(-4) when it is chosen
@@ -381,8 +424,33 @@ def test_lookahead_starts_a_round_early_with_what_is_then_known():
     assert third.prefix_ids == [9, 4]
     finish(grower, 4, [1])
     assert grower.next_requests() == [] and grower.done
-    assert grower.tree.branch_steps[:2] == [0, 0]  # leaves are in the order of submission in the end
+    assert grower.tree.branch_steps[:2] == [0, 0]  # leaves are in the order of submission
     assert [len(grower.tree.trajectory(leaf)[0]) for leaf in range(5)] == [3, 2, 4, 2, 2]
+
+
+def test_lookahead_branches_a_rollout_that_is_still_running():
+    growth = GrowthSettings(initial_rollouts=2, levels=3, max_completion_length=16, branch_lookahead=2)
+    grower = TreeGrower([9], growth, Splitter())
+    grower.next_requests()
+    finish(grower, 1, [8, 1, 1, 4, 1], logprob=-1.0, success=0.0)  # ends at tick 5
+    # By then rollout 0 has completed "3 4" and "4", and no answer is known: "3 4" has a child of confidence exp(-2).
+    first, second = grower.next_requests(Running(rollout_0=[3, 4, 4, 1, 1, 4, 1, 1, 4]))
+    assert first.prefix_ids == [9, 3, 4] and first.max_tokens == 14
+    assert second.prefix_ids == [9, 8]  # the score of "3 4" is about to change, so another step comes first
+    assert len(grower.tree.steps) == 1 + 3 + 2  # tokens after tick 5 are not looked at, nor the step they are in
+    # The branch ends before the rollout it continues; the tree is the same as if both had ended in order.
+    finish(grower, 2, [12])
+    finish(grower, 3, [1])
+    assert grower.next_requests(Running(rollout_0=[3, 4, 4, 1, 1, 4, 1, 1, 4])) == [] and not grower.done
+    finish(grower, 0, [3, 4, 4, 1, 1, 4, 1, 1, 4, 1], logprob=-2.0)
+    assert grower.next_requests() == [] and grower.done
+    assert [grower.tree.trajectory(leaf)[0] for leaf in range(4)] == [
+        [3, 4, 4, 1, 1, 4, 1, 1, 4, 1],
+        [8, 1, 1, 4, 1],
+        [3, 4, 12],
+        [8, 1],
+    ]
+    assert grower.tree.branch_steps == [0, 0, grower.tree.path(grower.tree.leaves[0])[0], 1]
 
 
 def test_a_step_with_a_branch_under_way_is_chosen_where_no_other_may_be():
@@ -437,11 +505,11 @@ def test_no_tree_waits_for_another():
     growth = GrowthSettings(max_completion_length=40)
     growers = [TreeGrower(prompt, growth, Splitter(), (0, index)) for index, prompt in enumerate(PROMPTS[:2])]
     engine = SecondTreeFirst()
-    leaves_of_first_tree = []
+    steps_of_first_tree = []
     scorer = Scorer(engine)
     scorer.collect = lambda wait: [scorer.pending.pop() for _ in range(len(scorer.pending))]
-    grow_trees(growers, engine, scorer, on_rollout=lambda: leaves_of_first_tree.append(len(growers[0].tree.leaves)))
-    assert leaves_of_first_tree[: growth.leaves] == [0] * growth.leaves
+    grow_trees(growers, engine, scorer, on_rollout=lambda: steps_of_first_tree.append(len(growers[0].tree.steps)))
+    assert steps_of_first_tree[: growth.leaves] == [1] * growth.leaves  # the root alone
     assert growers[0].done and growers[1].done
 
 

@@ -5,9 +5,9 @@ rounds, each choosing `K` steps and continuing each of them with `B` rollouts. A
 (sampled and scored) its own tree submits the next; `grow_trees` drives all trees over one engine.
 
 A tree depends on its seeds and rewards alone, whatever order the engine finishes rollouts in. Its own clock sees to
-that: time is counted in tokens, as if every rollout gained one token a tick from the moment it was decided on, and
-rollouts join the tree in the order of their ends on that clock. A busy engine that delays some of them delays the
-tree's decisions, and does not change them.
+that: time is counted in tokens, as if every rollout gained one token a tick from the moment it was decided on. A
+decision sees the rollouts that have ended by then on that clock, and of those still running the steps they have
+completed by then. A busy engine that delays some of them delays the tree's decisions, and does not change them.
 
 Engine-agnostic and free of torch and TRL.
 """
@@ -53,12 +53,13 @@ class GrowthSettings:
 
 @dataclass(slots=True)
 class _Branch:
-    """One rollout of a tree, from its submission until it is grafted."""
+    """One rollout of a tree, from its submission until it ends on the tree's clock."""
 
-    number: int  # in the order of submission
+    number: int  # in the order of submission; its leaf in the tree
     after: int  # step it continues
     prefix: list[int]  # completion tokens before it
     start: int  # on the tree's clock
+    grafted: int = 0  # tokens that are in the tree, in whole steps
     rollout: Rollout | None = None
     success: float | None = None  # NaN: unknown for good; None: not scored yet
 
@@ -67,14 +68,25 @@ class _Branch:
         return self.rollout is not None and self.success is not None
 
 
+class Running(Protocol):
+    """What a tree may ask about its rollouts that the engine is still working on, named by their numbers."""
+
+    def generated(self, number: int) -> int:
+        """Tokens sampled so far, or fewer."""
+
+    def partial(self, number: int, start: int, stop: int) -> tuple[list[int], list[float]]:
+        """Sampled tokens `start` to `stop` and their log-probabilities; asked for only where that many are known."""
+
+
 class TreeGrower:
     """The state machine of one tree.
 
     Ask `next_requests` for the rollouts to submit now, hand back what finishes to `add_rollout` and its success to
     `add_success`, until `done`.
 
-    `branch_lookahead = d` lets a round start while up to `d` earlier rollouts are under way, chosen with the scores
-    of those that have joined the tree; `d = 0` is the paper exactly.
+    `branch_lookahead = d` lets a round start while up to `d` earlier rollouts are under way. It is chosen among the
+    steps that are complete by then, also those of running rollouts: where no answer is known, the score is its
+    confidence term alone, which needs none. `d = 0` is the paper exactly.
 
     Args:
         prompt_ids: token ids of the question.
@@ -93,7 +105,7 @@ class TreeGrower:
         batched: bool = False,
     ):
         self.tree = RolloutTree(prompt_ids)
-        self.success: list[float] = []  # of each leaf, NaN where unknown
+        self.success: list[float] = []  # of each leaf, NaN where unknown or not known yet
         self.settings = settings
         self._splitter = splitter
         self._seed = list(seed)
@@ -102,24 +114,23 @@ class TreeGrower:
         self._rng = np.random.default_rng([*self._seed, 0])
         self._clock = 0
         self._branches: list[_Branch] = []  # every rollout submitted so far
-        self._pending: list[_Branch] = []  # those not in the tree yet
-        self._numbers: list[int] = []  # rollout number of each leaf
+        self._pending: list[_Branch] = []  # those that have not ended on the tree's clock
         self._branched: set[int] = set()
 
     @property
     def done(self) -> bool:
-        return len(self.tree.leaves) == self.settings.leaves
+        return len(self._branches) == self.settings.leaves and not self._pending
 
     @property
-    def can_join(self) -> bool:
-        """Whether enough rollouts are complete that their joining the tree could start a round, or finish the tree."""
+    def can_advance(self) -> bool:
+        """Whether enough rollouts are complete that a round might start, or the tree be done."""
         complete = sum(branch.complete for branch in self._pending)
         running = len(self._pending) - complete
         more = len(self._branches) < self.settings.leaves
         return complete > 0 and running <= (self.settings.branch_lookahead if more else 0)
 
     def scores(self) -> TreeScores:
-        """Scores of the tree as grafted so far."""
+        """Scores of the tree as grown so far."""
         return score_tree(
             self.tree, self.success, beta=self.settings.ib_beta, confidence_kind=self.settings.step_confidence
         )
@@ -141,32 +152,33 @@ class TreeGrower:
     def add_success(self, number: int, success: float) -> None:
         self._branches[number].success = success
 
-    def next_requests(self, generated: Callable[[int], int] = lambda number: 0) -> list[RolloutRequest]:
-        """Graft what may join the tree and return the rollouts to submit now; empty while the tree has to wait.
+    def next_requests(self, running: Running | None = None) -> list[RolloutRequest]:
+        """Move the tree's clock as far as is known and return the rollouts to submit now; empty while it has to wait.
 
         Args:
-            generated: tokens that a running rollout, named by its number, has at least.
+            running: rollouts that the engine is working on; without it nothing is known of them.
         """
         if not self._branches:
             independent = STRATEGIES[self.settings.branching] is None
             count = self.settings.leaves if independent else self.settings.initial_rollouts
             return [self._submit(0) for _ in range(count)]
         requests: list[RolloutRequest] = []
-        while self.can_join and self._graft_next(generated):
-            # One rollout joins at a time, so that a decision knows what had ended by then and no more.
+        while self.can_advance and self._end_next(running):
+            # One rollout ends at a time, so that a decision knows what had ended by then and no more.
             while len(self._branches) < self.settings.leaves and len(self._pending) <= self.settings.branch_lookahead:
+                for branch in self._pending:
+                    self._graft_complete_steps(branch, running)
                 steps = self._choose_steps()
                 requests += [self._submit(step) for step in steps for _ in range(self.settings.branches_per_node)]
         return requests
 
     def _choose_steps(self) -> list[int]:
-        """The steps of this round, chosen with what has been grafted."""
+        """The steps of this round, chosen with what is in the tree."""
         strategy = STRATEGIES[self.settings.branching]
-        pending = {branch.after for branch in self._pending}
         eligible = self._eligible()
         # The score of a step with a branch under way is about to change: look elsewhere first.
         last = np.zeros_like(eligible)
-        last[list(pending)] = True
+        last[[branch.after for branch in self._pending]] = True
         steps = select_steps(strategy(self.scores(), self._rng), eligible, self.settings.nodes_per_level, last)
         self._branched.update(steps)
         return steps
@@ -183,7 +195,8 @@ class TreeGrower:
         return eligible
 
     def _submit(self, after: int) -> RolloutRequest:
-        number, prefix = len(self._branches), self.tree.prefix(after)
+        number, prefix = self.tree.open(after), self.tree.prefix(after)
+        self.success.append(np.nan)
         self._branches.append(_Branch(number, after, prefix, start=self._clock))
         self._pending.append(self._branches[-1])
         return RolloutRequest(
@@ -193,36 +206,41 @@ class TreeGrower:
             seed=int(np.random.SeedSequence([*self._seed, 1, number]).generate_state(1)[0]),
         )
 
-    def _end(self, branch: _Branch, generated: Callable[[int], int]) -> int:
+    def _end(self, branch: _Branch, running: Running | None) -> int:
         """When a rollout ends on the tree's clock; the earliest it can where it is still running."""
-        if branch.rollout is None:
-            return branch.start + 1 + (0 if self._batched else generated(branch.number))
-        return branch.start + (1 if self._batched else len(branch.rollout.token_ids))
+        if branch.rollout is not None:
+            return branch.start + (1 if self._batched else len(branch.rollout.token_ids))
+        return branch.start + 1 + (0 if self._batched or running is None else running.generated(branch.number))
 
-    def _graft_next(self, generated: Callable[[int], int]) -> bool:
-        """Graft the pending rollout that ends first on the tree's clock; false where it is not complete or known."""
+    def _end_next(self, running: Running | None) -> bool:
+        """Let the rollout end that does so first on the tree's clock; false where it is not complete or not known."""
         if not self._pending:
             return False
-        branch = min(self._pending, key=lambda each: (self._end(each, generated), each.number))
+        # Of two that may end together the one not known comes first: what it has sampled by then is not known either.
+        branch = min(self._pending, key=lambda each: (self._end(each, running), each.complete, each.number))
         if not branch.complete:
             return False
-        self._clock = self._end(branch, generated)
-        token_ids = branch.rollout.token_ids
-        self.tree.graft(branch.after, token_ids, branch.rollout.logprobs, self._splitter.ends(token_ids))
-        self.success.append(branch.success)
-        self._numbers.append(branch.number)
+        self._clock = self._end(branch, running)
+        token_ids, logprobs = branch.rollout.token_ids[branch.grafted :], branch.rollout.logprobs[branch.grafted :]
+        self.tree.extend(branch.number, token_ids, logprobs, self._splitter.ends(token_ids))
+        self.success[branch.number] = branch.success
         self._pending.remove(branch)
         branch.rollout = None  # the tree owns it now
-        if self.done:
-            self._restore_submission_order()
         return True
 
-    def _restore_submission_order(self) -> None:
-        """Leaves of a grown tree are in the order of their rollout numbers, as rows of a batch are."""
-        order = np.argsort(self._numbers)
-        self.tree.leaves = [self.tree.leaves[index] for index in order]
-        self.tree.branch_steps = [self.tree.branch_steps[index] for index in order]
-        self.success = [self.success[index] for index in order]
+    def _graft_complete_steps(self, branch: _Branch, running: Running | None) -> None:
+        """Put the steps into the tree that a rollout has completed by the tree's clock; what is later does not count."""
+        start, stop = branch.grafted, self._clock - branch.start
+        if self._batched or stop <= start:
+            return
+        if branch.rollout is not None:
+            token_ids, logprobs = branch.rollout.token_ids[start:stop], branch.rollout.logprobs[start:stop]
+        else:
+            token_ids, logprobs = running.partial(branch.number, start, stop)
+        ends = self._splitter.ends(token_ids)[:-1]  # the last is not complete, as far as one knows
+        if ends:
+            self.tree.extend(branch.number, token_ids[: ends[-1]], logprobs[: ends[-1]], ends)
+            branch.grafted += ends[-1]
 
 
 class LeafScorer(Protocol):
@@ -236,6 +254,21 @@ class LeafScorer(Protocol):
 
     def cancel(self) -> None:
         """Drop what is pending."""
+
+
+@dataclass(frozen=True, slots=True)
+class _RunningOnEngine:
+    engine: RolloutEngine
+    tree: int
+    in_flight: dict[str, tuple[int, int]]
+
+    def generated(self, number: int) -> int:
+        request_id = f"{self.tree}-{number}"
+        # One not in flight yet was only just decided on.
+        return self.engine.generated(request_id) if request_id in self.in_flight else 0
+
+    def partial(self, number: int, start: int, stop: int) -> tuple[list[int], list[float]]:
+        return self.engine.partial(f"{self.tree}-{number}", start, stop)
 
 
 def grow_trees(
@@ -257,20 +290,16 @@ def grow_trees(
     in_flight: dict[str, tuple[int, int]] = {}
     ready = set(range(len(growers)))  # trees that may have something to do
 
-    def generated(tree: int, number: int) -> int:
-        request_id = f"{tree}-{number}"  # not in flight yet: only just decided on
-        return engine.generated(request_id) if request_id in in_flight else 0
-
     try:
         while True:
             requests = []
             for tree in sorted(ready):
                 grower = growers[tree]
-                for request in grower.next_requests(lambda number, tree=tree: generated(tree, number)):
+                for request in grower.next_requests(_RunningOnEngine(engine, tree, in_flight)):
                     request_id = f"{tree}-{request.request_id}"
                     in_flight[request_id] = (tree, int(request.request_id))
                     requests.append(replace(request, request_id=request_id))
-            waiting = {tree for tree in ready if growers[tree].can_join}
+            waiting = {tree for tree in ready if growers[tree].can_advance}
             if requests:
                 engine.submit(requests)
             elif not in_flight and all(grower.done for grower in growers):

@@ -1,8 +1,9 @@
 """The tree of one question: steps with parent indices, one leaf per rollout.
 
 Step 0 is the root, the question itself; it owns no completion tokens. Every other step owns the token ids it was
-sampled as and their sampling log-probabilities. A rollout grafted after a step adds a chain of steps and exactly one
-leaf. Parents always come before their children, so one backward sweep over the list visits children first.
+sampled as and their sampling log-probabilities. A rollout opened after a step has exactly one leaf, the last of the
+steps it is extended by. Parents always come before their children, so one backward sweep over the list visits children
+first.
 
 Names of shapes here and in the modules above: `_N` steps (the root included), `_L` leaves in the order of their
 rollouts, `_T` tokens of a trajectory.
@@ -35,27 +36,30 @@ class RolloutTree:
     def __init__(self, prompt_ids: Sequence[int]):
         self.prompt_ids = list(prompt_ids)
         self.steps: list[Step] = [Step(parent=-1, token_ids=[], logprobs=[], end=0)]
-        self.leaves: list[int] = []  # step index of each rollout's last step
-        self.branch_steps: list[int] = []  # step index each rollout was grafted after
+        self.leaves: list[int] = []  # step index of each rollout's last step so far
+        self.branch_steps: list[int] = []  # step index each rollout was opened after
 
-    def graft(self, after: int, token_ids: Sequence[int], logprobs: Sequence[float], step_ends: Sequence[int]) -> int:
-        """Hang a rollout after step `after`.
+    def open(self, after: int) -> int:
+        """Start a rollout, still without tokens, that continues the prefix of step `after`; returns its leaf index."""
+        self.leaves.append(after)
+        self.branch_steps.append(after)
+        return len(self.leaves) - 1
+
+    def extend(self, leaf: int, token_ids: Sequence[int], logprobs: Sequence[float], step_ends: Sequence[int]) -> None:
+        """Hang further steps at the end of a rollout.
 
         Args:
-            after: step whose prefix the rollout continues.
+            leaf: which rollout.
             token_ids: sampled continuation, at least one token.
             logprobs: sampling log-probability of each token, same length.
             step_ends: exclusive ends of its steps; the last is `len(token_ids)`.
-
-        Returns:
-            The index of the new leaf among the leaves.
         """
         if not token_ids or len(logprobs) != len(token_ids) or not step_ends or step_ends[-1] != len(token_ids):
             raise ValueError(
                 f"A rollout needs at least one token, one log-probability a token and steps that cover it; got "
                 f"{len(token_ids)} tokens, {len(logprobs)} log-probabilities and step ends {list(step_ends)}."
             )
-        parent, start = after, 0
+        parent, start = self.leaves[leaf], 0
         for end in step_ends:
             step = Step(
                 parent=parent,
@@ -66,9 +70,13 @@ class RolloutTree:
             self.steps.append(step)
             self.steps[parent].children.append(len(self.steps) - 1)
             parent, start = len(self.steps) - 1, end
-        self.leaves.append(parent)
-        self.branch_steps.append(after)
-        return len(self.leaves) - 1
+        self.leaves[leaf] = parent
+
+    def graft(self, after: int, token_ids: Sequence[int], logprobs: Sequence[float], step_ends: Sequence[int]) -> int:
+        """Open a rollout after step `after` and extend it by all its steps at once; returns its leaf index."""
+        leaf = self.open(after)
+        self.extend(leaf, token_ids, logprobs, step_ends)
+        return leaf
 
     def path(self, step: int) -> list[int]:
         """Step indices from the first step of the completion to `step`, the root left out."""

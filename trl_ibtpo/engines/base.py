@@ -37,5 +37,11 @@ class RolloutEngine(Protocol):
     def generated(self, request_id: str) -> int:
         """Tokens that a request in flight has been given so far, or fewer."""
 
+    def partial(self, request_id: str, start: int, stop: int) -> tuple[list[int], list[float]]:
+        """Sampled tokens `start` to `stop` of a request in flight, with their log-probabilities.
+
+        `stop` is at most what `generated` said, which an engine that cannot look inside its requests keeps at 0.
+        """
+
     def abort(self) -> None:
         """Forget every request in flight."""

@@ -54,6 +54,9 @@ class TransformersEngine:
     def generated(self, request_id: str) -> int:
         return 0  # all or nothing
 
+    def partial(self, request_id: str, start: int, stop: int) -> tuple[list[int], list[float]]:
+        return [], []
+
     def abort(self) -> None:
         self._queue.clear()
 

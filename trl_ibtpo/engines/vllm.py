@@ -99,21 +99,32 @@ class VLLMEngine:
             self.cached_tokens += output.num_cached_tokens or 0
             self.prefix_tokens += len(output.prompt_token_ids)
             completion = output.outputs[0]
-            token_ids = list(completion.token_ids)
-            logprobs = [
-                entry[token_id].logprob for entry, token_id in zip(completion.logprobs, token_ids, strict=True)
-            ]
-            rollouts.append(Rollout(output.request_id.removeprefix(self._prefix), token_ids, logprobs))
+            request_id = output.request_id.removeprefix(self._prefix)
+            rollouts.append(Rollout(request_id, *_with_logprobs(completion.token_ids, completion.logprobs)))
         return rollouts
 
     def generated(self, request_id: str) -> int:
-        state = self._llm_engine.output_processor.request_states[self._in_flight[self._prefix + request_id]]
-        return state.detokenizer.num_output_tokens()
+        return self._state(request_id).detokenizer.num_output_tokens()
+
+    def partial(self, request_id: str, start: int, stop: int) -> tuple[list[int], list[float]]:
+        state = self._state(request_id)
+        return _with_logprobs(
+            state.detokenizer.output_token_ids[start:stop], state.logprobs_processor.logprobs[start:stop]
+        )
+
+    def _state(self, request_id: str) -> Any:
+        """What vLLM keeps of a request in flight."""
+        return self._llm_engine.output_processor.request_states[self._in_flight[self._prefix + request_id]]
 
     def abort(self) -> None:
         if self._in_flight:
             self._llm_engine.abort_request(list(self._in_flight))
             self._in_flight.clear()
+
+
+def _with_logprobs(token_ids: Sequence[int], entries: Sequence[dict]) -> tuple[list[int], list[float]]:
+    """Sampled tokens and their log-probabilities, out of vLLM's entries for each position."""
+    return list(token_ids), [entry[token_id].logprob for entry, token_id in zip(entries, token_ids, strict=True)]
 
 
 class VLLMServerEngine:
@@ -166,6 +177,9 @@ class VLLMServerEngine:
     def generated(self, request_id: str) -> int:
         # The server does not say; taken as past every end, so that no tree waits for a rollout to get there.
         return sys.maxsize
+
+    def partial(self, request_id: str, start: int, stop: int) -> tuple[list[int], list[float]]:
+        return [], []  # nor what it has sampled
 
     def abort(self) -> None:
         # What the server is working on ends by its own budget; it is waited for, so that nothing is left behind.
