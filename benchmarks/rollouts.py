@@ -6,10 +6,10 @@ The engine is real; lengths are scripted (lognormal, the same for all modes), si
 own. Modes, all with the paper's tree (4, 9, 1, 1) unless said:
 
 - `independent`: 8 rollouts per question, about the tokens of a tree; every ratio is to this;
-- `unseeded`: the same, sampled from the engine's generator instead of a seed per request;
+- `reproducible`: the same with `reproducible_rollouts`, a seed per request;
 - `independent_12`: as many rollouts as the tree has trajectories;
 - `lock_step`: every round waits for all trees;
-- `tree` with `lookahead` 0 (the paper, without barriers between trees), 1, 2, 4, 6, 8.
+- `tree` with `lookahead` 0 (the paper, without barriers between trees), 1, 2, 4, 8.
 
 `steps_per_token` counts engine steps and does not depend on the machine; where a step costs the same whatever the
 batch, as on a GPU bound by memory, wall clock tends to it.
@@ -123,16 +123,16 @@ class Mode:
     lookahead: int = 0
     settings: dict = field(default_factory=dict)
     lock_step: bool = False
-    request_seeds: bool = True
+    request_seeds: bool = False
 
 
 INDEPENDENT = {"branching": "independent", "levels": 1}
 MODES = [
     Mode("independent", settings={**INDEPENDENT, "initial_rollouts": 8}),
-    Mode("unseeded", settings={**INDEPENDENT, "initial_rollouts": 8}, request_seeds=False),
+    Mode("reproducible", settings={**INDEPENDENT, "initial_rollouts": 8}, request_seeds=True),
     Mode("independent_12", settings={**INDEPENDENT, "initial_rollouts": 12}),
     Mode("lock_step", lock_step=True),
-    *(Mode("tree", lookahead) for lookahead in (0, 1, 2, 4, 6, 8)),
+    *(Mode("tree", lookahead) for lookahead in (0, 1, 2, 4, 8)),
 ]
 
 
@@ -193,7 +193,7 @@ def main() -> None:
     arguments.add_argument("--questions", type=int, nargs="+", default=[8, 32, 128])
     arguments.add_argument("--repeats", type=int, default=3)
     arguments.add_argument("--layers", type=int, default=8)
-    arguments.add_argument("--hidden", type=int, default=256)
+    arguments.add_argument("--hidden", type=int, default=512)
     args = arguments.parse_args()
     if args.quick:
         args.questions, args.repeats, args.layers, args.hidden = [8], 1, 2, 64

@@ -229,7 +229,7 @@ class TreeGrower:
         return True
 
     def _graft_complete_steps(self, branch: _Branch, running: Running | None) -> None:
-        """Put the steps into the tree that a rollout has completed by the tree's clock; what is later does not count."""
+        """Put the steps into the tree that a rollout has completed by the tree's clock; later ones do not count."""
         start, stop = branch.grafted, self._clock - branch.start
         if self._batched or stop <= start:
             return

@@ -45,9 +45,9 @@ class IBTPOConfig(GRPOConfig):
         allow_repeated_branching (`bool`, *optional*, defaults to `True`):
             Whether a step may be chosen in several rounds.
         branch_lookahead (`int`, *optional*, defaults to `0`):
-            How many of the rollouts submitted last a round need not wait for. `0` is the paper exactly: a round is
-            chosen when all earlier ones are sampled and scored. A larger number keeps the engine fuller and chooses
-            with older scores.
+            How many rollouts of a tree may still run when a round is chosen. `0` is the paper exactly: a round is
+            chosen when all earlier rollouts are sampled and scored. A larger number keeps the engine fuller and
+            chooses with what is known so far; see docs/performance.md for what that costs.
         reproducible_rollouts (`bool`, *optional*, defaults to `False`):
             Whether vLLM samples every rollout from a seed of its own, so that the same seed and data grow the same
             trees whatever else the engine is doing. Costs throughput: see docs/performance.md.
@@ -180,8 +180,8 @@ class IBTPOConfig(GRPOConfig):
     branch_lookahead: int = field(
         default=0,
         metadata={
-            "help": "How many of the rollouts submitted last a round need not wait for. 0 is the paper exactly; a "
-            "larger number keeps the engine fuller and chooses with older scores."
+            "help": "How many rollouts of a tree may still run when a round is chosen. 0 is the paper exactly; a larger "
+            "number keeps the engine fuller and chooses with what is known so far."
         },
     )
     reproducible_rollouts: bool = field(
