@@ -180,8 +180,8 @@ class IBTPOConfig(GRPOConfig):
     branch_lookahead: int = field(
         default=0,
         metadata={
-            "help": "How many rollouts of a tree may still run when a round is chosen. 0 is the paper exactly; a larger "
-            "number keeps the engine fuller and chooses with what is known so far."
+            "help": "How many rollouts of a tree may still run when a round is chosen. 0 is the paper exactly; a "
+            "larger number keeps the engine fuller and chooses with what is known so far."
         },
     )
     reproducible_rollouts: bool = field(
