@@ -72,6 +72,14 @@ class IBTPOConfig(GRPOConfig):
             Weight of a token that several trajectories share in the policy loss: once for each of them, or `"once"`
             in all. The KL term always counts once per trajectory.
 
+        > Parameters that control the forward pass
+
+        packed_forward (`bool`, *optional*):
+            Whether to compute each token that rows of a micro-batch share only once, forward and backward; the
+            gradient is the same. `None` does so where it is exact: full attention in every layer, with `"sdpa"`,
+            `"eager"` or `"flex_attention"`. `True` makes it an error where it is not. Trees then stay together in a
+            micro-batch, so `per_device_train_batch_size` is best a multiple of `num_generations`.
+
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
     > - `per_device_train_batch_size`, `per_device_eval_batch_size`: Default to one group of completions.
@@ -229,6 +237,15 @@ class IBTPOConfig(GRPOConfig):
             "help": "Weight of a token that several trajectories share in the policy loss: once for each of them, or "
             "once in all.",
             "choices": ["per_trajectory", "once"],
+        },
+    )
+
+    # Parameters that control the forward pass
+    packed_forward: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether to compute each token that rows of a micro-batch share only once. If `None`, where it is "
+            "exact; if `True`, it is an error where it is not."
         },
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, is_peft_model
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
@@ -37,6 +37,13 @@ from .engines.vllm import (
 from .growth import TreeGrower, grow_trees
 from .ibtpo_config import IBTPOConfig
 from .metrics import TreeMetrics
+from .packing import (
+    keep_groups_together,
+    pack_prefixes,
+    packed_logps_and_entropies,
+    prepare_model,
+    why_not_packed,
+)
 from .rewards import RewardScorer
 from .steps import StepSplitter
 
@@ -117,6 +124,7 @@ class IBTPOTrainer(GRPOTrainer):
         if self.use_vllm and self.vllm_mode == "colocate" and runs_on_cpu():
             self.vllm_generation = CPUVLLMGeneration.adopt(self.vllm_generation)
         self._check_process_share()
+        self._packed_forward, self._packed_reason = self._choose_forward()
         self._success_index = self._find_success_reward()
         self._splitter = StepSplitter(self._tokenizer, args.step_delimiter)
         self._tree_inputs: list[dict[str, Any]] = []  # dataset rows of the generation batch being made
@@ -154,6 +162,7 @@ class IBTPOTrainer(GRPOTrainer):
         try:
             output = super()._generate_and_score_completions(inputs)
             output["advantages"] = self._step_advantages(output["advantages"], output["completion_ids"])
+            output["row"] = torch.arange(len(inputs), device=output["advantages"].device)
         finally:
             self._tree_inputs, self._growers, self._scorer = [], [], None
         return output
@@ -187,6 +196,78 @@ class IBTPOTrainer(GRPOTrainer):
             self._log_metric(name, sum(value * count for value, count in calls) / leaves)
         rewards = torch.tensor(scorer.rewards, device=self.accelerator.device)
         return self.accelerator.gather(rewards)
+
+    # ----- hooks into TRL: the prefix-shared forward -----------------------------------------------------------------
+
+    def _prepare_inputs(self, generation_batch):
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._packed_forward and self.model.training and self._buffered_inputs is not before:
+            # TRL shuffles rows; what shares tokens has to be in one micro-batch.
+            self._buffered_inputs = keep_groups_together(self._buffered_inputs, self.num_generations)
+            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return inputs
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        **multimodal,
+    ):
+        packed_batches = [None]
+        # The load-balancing loss of a mixture of experts counts tokens, so it would change.
+        if self._packed_forward and not compute_aux_loss and all(value is None for value in multimodal.values()):
+            size = batch_size or len(input_ids)
+            packed_batches = [
+                pack_prefixes(input_ids[start : start + size], attention_mask[start : start + size], logits_to_keep)
+                for start in range(0, len(input_ids), size)
+            ]
+        if None in packed_batches:
+            return super()._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size=batch_size,
+                compute_entropy=compute_entropy,
+                compute_aux_loss=compute_aux_loss,
+                **multimodal,
+            )
+        base_model = self._base_model(model)
+        with self.accelerator.autocast():
+            parts = [packed_logps_and_entropies(model, base_model, packed) for packed in packed_batches]
+        logps, entropies = zip(*parts, strict=True)
+        return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
+
+    def _base_model(self, model: torch.nn.Module) -> PreTrainedModel:
+        """The transformers model inside wrappers and adapters."""
+        model = self.accelerator.unwrap_model(model)
+        return model.get_base_model() if is_peft_model(model) else model
+
+    def _choose_forward(self) -> tuple[bool, str]:
+        """Whether to share prefixes in the forward pass, and why."""
+        if self.args.packed_forward is False:
+            return False, "`packed_forward` is off"
+        model = self.accelerator.unwrap_model(self.model)
+        if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+            reason = "the adapter puts virtual tokens before the prompt"
+        elif getattr(self.processing_class, "tokenizer", None) is not None:
+            reason = "the model takes images"
+        else:
+            reason = why_not_packed(self._base_model(self.model))
+        if reason is None:
+            for each in (self.model, self.ref_model):
+                if each is not None:
+                    prepare_model(self._base_model(each))
+            return True, "exact for this model"
+        if self.args.packed_forward:
+            raise ValueError(f"`packed_forward` is True, but {reason}. Leave it out to use TRL's forward here.")
+        return False, reason
 
     # ----- growth ----------------------------------------------------------------------------------------------------
 
@@ -382,8 +463,10 @@ class IBTPOTrainer(GRPOTrainer):
             )
         trees = args.per_device_train_batch_size * args.steps_per_generation // self.num_generations
         engine = f"vLLM, {self.vllm_mode} mode" if self.use_vllm else "transformers (`use_vllm` is off)"
+        forward = "prefix-shared" if self._packed_forward else "TRL's"
         return (
             f"IB-TPO: {shape}, {trees} per process and generation; advantage '{args.advantage}' "
             f"(ib_coef={args.ib_coef}, ib_beta={args.ib_beta}); success from "
-            f"'{self.reward_func_names[self._success_index]}'; engine: {engine}."
+            f"'{self.reward_func_names[self._success_index]}'; engine: {engine}; forward: {forward} "
+            f"({self._packed_reason})."
         )

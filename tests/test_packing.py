@@ -1,0 +1,422 @@
+"""The prefix-shared forward gives the numbers and gradients of the forward it replaces."""
+
+import re
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig
+from torch.nn.attention.flex_attention import flex_attention
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+)
+from trl.trainer.utils import add_fused_lm_head
+
+from trl_ibtpo import IBTPOTrainer
+from trl_ibtpo.packing import (
+    BLOCK,
+    keep_groups_together,
+    model_arguments,
+    pack_prefixes,
+    packed_logps_and_entropies,
+    prepare_model,
+    why_not_packed,
+)
+
+VOCABULARY = 40
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+}
+MODELS = {
+    "qwen3": Qwen3Config(**SHAPE, head_dim=16),
+    "llama": LlamaConfig(**SHAPE),
+    "gemma": GemmaConfig(**SHAPE, head_dim=16),  # tied embeddings, scaled
+}
+
+
+def make_model(name: str, implementation: str = "sdpa", dtype=torch.float32):
+    torch.manual_seed(0)
+    config = MODELS[name]
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=dtype)
+    for parameter in model.parameters():  # larger than at the start of training, so that attention matters
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
+    return model
+
+
+def with_double_norms(model):
+    """transformers' RMS norms compute in single precision whatever the model's; these do not."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__.endswith("RMSNorm"):
+                norm = torch.nn.RMSNorm(child.weight.shape, eps=1e-6, dtype=torch.float64)
+                norm.weight.data.copy_(child.weight.data)
+                setattr(parent, name, norm)
+    return model
+
+
+@st.composite
+def batches(draw, max_length: int = 12):
+    """Rows that share prefixes in every way: branches, duplicates, one a prefix of another, nothing to score."""
+    groups = draw(st.integers(1, 3))
+    rows = []
+    for _ in range(groups):
+        prompt = draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
+        completions = [[]]
+        for _ in range(draw(st.integers(1, 5))):
+            base = draw(st.sampled_from(completions))
+            kept = base[: draw(st.integers(0, len(base)))]
+            completions.append(kept + draw(st.lists(st.integers(1, 3), max_size=max_length - len(kept))))
+        rows += [(prompt, completion) for completion in completions[draw(st.integers(0, 1)) :]]
+    return draw(st.permutations(rows))
+
+
+def padded(rows) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Left-padded prompts and right-padded completions."""
+    width, kept = max(len(prompt) for prompt, _ in rows), max(1, *(len(completion) for _, completion in rows))
+    ids = torch.zeros(len(rows), width + kept, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, (prompt, completion) in enumerate(rows):
+        ids[row, width - len(prompt) : width + len(completion)] = torch.tensor(prompt + completion)
+        mask[row, width - len(prompt) : width + len(completion)] = 1
+    return ids, mask, kept
+
+
+# ----- layout --------------------------------------------------------------------------------------------------------
+
+
+def test_a_trie_by_hand():
+    # prompt "5 6"; completions "1 2 3", "1 2 4", "1 2", "1 2 3" again, and nothing
+    rows = [([5, 6], [1, 2, 3]), ([5, 6], [1, 2, 4]), ([5, 6], [1, 2]), ([5, 6], [1, 2, 3]), ([5, 6], [])]
+    packed = pack_prefixes(*padded(rows))
+    # "1 2 4" branches after the 2, which is laid out again: each position predicts one token.
+    assert packed.input_ids.tolist() == [[5, 6, 1, 2, 3, 2, 4]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4]]
+    assert packed.shift_labels.tolist() == [[-100, 1, 2, 3, -100, 4, -100]]
+    assert packed.subtree_end.tolist() == [7, 7, 7, 5, 5, 7, 7]
+    assert packed.gather.tolist() == [[1, 2, 3], [1, 2, 5], [1, 2, 0], [1, 2, 3], [0, 0, 0]]
+    assert packed.scored.sum(1).tolist() == [3, 3, 2, 3, 0]
+    assert packed.unpack(torch.arange(1.0, 8)[None]).tolist()[2] == [2, 3, 0]
+    assert packed.dense_mask()[0, 0, 6].tolist() == [True, True, True, False, False, True, True]
+
+
+@settings(max_examples=200, deadline=None, database=None)
+@given(batches())
+def test_every_token_once_and_its_own_ancestors(rows):
+    ids, mask, kept = padded(rows)
+    packed = pack_prefixes(ids, mask, kept)
+    attends = packed.dense_mask()[0, 0].numpy()
+    tokens = packed.input_ids[0].tolist()
+    width = ids.shape[1] - kept
+    assert (packed.shift_labels != -100).sum() == len(
+        {(tuple(prompt), tuple(completion[:n])) for prompt, completion in rows for n in range(1, len(completion) + 1)}
+    )
+    assert len(tokens) <= int(mask.sum())
+    for row, (prompt, completion) in enumerate(rows):
+        for place, token in enumerate(completion):
+            position = int(packed.gather[row, place])
+            seen = np.flatnonzero(attends[position])
+            # Exactly the row's prefix is seen, in order, with the columns of the batch; the next token is the label.
+            assert [tokens[index] for index in seen] == prompt + completion[:place]
+            assert packed.position_ids[0, seen].tolist() == list(range(width - len(prompt), width + place))
+            assert packed.shift_labels[0, position] == token
+    # The segments say the same as the mask.
+    for segment in packed.segments:
+        for position in range(segment.start, segment.stop):
+            runs = [*segment.ancestors, (segment.start, position + 1)]
+            assert np.flatnonzero(attends[position]).tolist() == [index for run in runs for index in range(*run)]
+    assert [segment.start for segment in packed.segments[1:]] == [segment.stop for segment in packed.segments[:-1]]
+
+
+@settings(max_examples=10, deadline=None, database=None)
+@given(batches(max_length=150))
+def test_the_block_mask_is_the_dense_mask(rows):
+    packed = pack_prefixes(*padded(rows))
+    dense, blocks = packed.dense_mask(), packed.block_mask()
+    length = dense.shape[-1]
+    count = -(-length // BLOCK)
+    some, full = torch.zeros(2, count, count, dtype=torch.bool)
+    for kind, number, indices in (
+        (some, blocks.kv_num_blocks, blocks.kv_indices),
+        (full, blocks.full_kv_num_blocks, blocks.full_kv_indices),
+    ):
+        for row in range(count):
+            kind[row, indices[0, 0, row, : number[0, 0, row]].long()] = True
+    tiles = torch.nn.functional.pad(dense[0, 0], (0, count * BLOCK - length) * 2).view(count, BLOCK, count, BLOCK)
+    assert torch.equal(some | full, tiles.any(3).any(1))
+    whole = dense[0, 0].new_ones(length, length)
+    whole = torch.nn.functional.pad(whole, (0, count * BLOCK - length) * 2).view(count, BLOCK, count, BLOCK)
+    # A block that ends the row is full where every query of it sees all of it.
+    inside = (tiles | ~whole).all(3).all(1) & (torch.arange(count) < length // BLOCK)[None]
+    assert torch.equal(full, inside)
+    query, key, value = torch.randn(3, 1, 2, length, 16)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=dense)
+    torch.testing.assert_close(flex_attention(query, key, value, block_mask=blocks), expected)
+
+
+@pytest.mark.parametrize(
+    ("mask", "kept"),
+    [
+        ([[0, 0, 1, 1]], 2),  # no prompt
+        ([[1, 1, 0, 1]], 2),  # padding before a completion token
+        ([[1, 0, 1, 1]], 2),  # padding after a prompt token
+    ],
+)
+def test_what_is_no_padded_batch_is_left_to_trl(mask, kept):
+    assert pack_prefixes(torch.ones(1, 4, dtype=torch.long), torch.tensor(mask), kept) is None
+
+
+# ----- numbers and gradients -----------------------------------------------------------------------------------------
+
+
+def compare(model, rows, head) -> tuple[float, float, float]:
+    """Largest difference of log-probabilities and entropies, largest relative one of a parameter's gradient."""
+    ids, mask, kept = padded(rows)
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(2, len(rows), kept, generator=generator, dtype=torch.float64)
+    results, gradients = [], []
+    for packed in (None, pack_prefixes(ids, mask, kept)):
+        model.zero_grad()
+        logps, entropies = head(model, ids, mask, kept, packed)
+        (weights[0] * logps + weights[1] * entropies).sum().backward()
+        results.append((logps.detach(), entropies.detach()))
+        gradients.append([torch.zeros(1) if p.grad is None else p.grad.clone() for p in model.parameters()])
+    scale = max(float(gradient.norm()) for gradient in gradients[0])
+    return (
+        float((results[0][0] - results[1][0]).abs().max()),
+        float((results[0][1] - results[1][1]).abs().max()),
+        max(
+            float((a - b).norm()) / max(float(a.norm()), 1e-3 * scale, 1e-12) for a, b in zip(*gradients, strict=True)
+        ),
+    )
+
+
+def fused_head(model, ids, mask, kept, packed):
+    if packed is not None:
+        return packed_logps_and_entropies(model, model, packed)
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :-kept] = -100
+    outputs = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+    return outputs.log_probs[:, -kept:], outputs.entropy[:, -kept:]
+
+
+def double_head(model, ids, mask, kept, packed):
+    """TRL's head computes in single precision; the model's own logits keep the doubles."""
+    if packed is None:
+        logits, labels = model(input_ids=ids, attention_mask=mask).logits[:, -kept - 1 : -1], ids[:, -kept:]
+    else:
+        logits = model(**model_arguments(model, packed)).logits
+        labels = packed.shift_labels.clamp(min=0)
+    logps = torch.log_softmax(logits, dim=-1)
+    entropies = -(logps.exp() * logps).sum(-1)
+    logps = logps.gather(-1, labels[..., None])[..., 0]
+    if packed is not None:
+        return packed.unpack(logps), packed.unpack(entropies)
+    scored = mask[:, -kept:].bool()
+    return logps.masked_fill(~scored, 0), entropies.masked_fill(~scored, 0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@settings(max_examples=25, deadline=None, database=None)
+@given(rows=batches())
+def test_double_precision(name, rows):
+    model = with_double_norms(make_model(name, dtype=torch.float64))
+    prepare_model(model)
+    assert max(compare(model, rows, double_head)) < 1e-9
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", MODELS)
+@settings(max_examples=8, deadline=None, database=None)
+@given(rows=batches())
+def test_single_precision(name, implementation, checkpointing, rows):
+    model = make_model(name, implementation)
+    if checkpointing:
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    prepare_model(model)
+    assert max(compare(model, rows, fused_head)) < 1e-5
+
+
+def test_flex_attention_attends_along_the_trie():
+    """Forward alone: torch has no backward pass of flex attention on a CPU."""
+    rows = [([1, 2], [3] * 90 + [last] * 60) for last in (4, 5, 6)] + [([7], [8] * 40)]
+    ids, mask, kept = padded(rows)
+    flex, plain = make_model("qwen3", "flex_attention"), make_model("qwen3")
+    with torch.no_grad():
+        expected = fused_head(plain, ids, mask, kept, None)
+        found = packed_logps_and_entropies(flex, flex, pack_prefixes(ids, mask, kept))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+# ----- in the trainer ------------------------------------------------------------------------------------------------
+
+
+def train(config, model, seen: list | None = None, **overrides):
+    """Train a few steps; `seen` gets the shapes of what the model computes while it is trained."""
+    kwargs = {name: overrides.pop(name) for name in ("peft_config", "quantization_config") if name in overrides}
+    args = config(**{"max_steps": 5, "beta": 0.01, "learning_rate": 1e-4, **overrides})
+    trainer = IBTPOTrainer(model, tiny.even_length, args, tiny.questions(), **kwargs)
+    if seen is not None:
+
+        def look(module, positional, keywords):
+            if keywords.get("fused_lm_head"):
+                seen.append(tuple(keywords["input_ids"].shape))
+
+        trainer._base_model(trainer.model).register_forward_pre_hook(look, with_kwargs=True)
+    trainer.train()
+    return trainer
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return {name: value.float() for name, value in trainer.model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"gradient_checkpointing": True, "num_iterations": 2},
+        {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 4},  # half a tree in a micro-batch
+        {"branching": "independent", "tree_levels": 1, "tree_initial_rollouts": 8, "loss_type": "dapo"},
+        {"peft_config": "lora"},
+        # Rounded to 8 bits, log-probabilities differ enough for the second step to sample other tokens.
+        {"bf16": True, "max_steps": 1},
+        {"peft_config": "lora", "quantization_config": "4bit", "max_steps": 1},
+    ],
+    ids=lambda overrides: "-".join(map(str, overrides)) or "default",
+)
+def test_training_is_the_same(config, model_path, overrides):
+    overrides = dict(overrides)
+    if "peft_config" in overrides:
+        overrides["peft_config"] = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", lora_dropout=0.0)
+    if "quantization_config" in overrides:
+        overrides["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32
+        )
+    shapes = {True: [], False: []}
+    runs = {on: train(config, model_path, seen=shapes[on], packed_forward=on, **overrides) for on in (True, False)}
+    assert {shape[0] for shape in shapes[True]} == {1}  # one row
+    tokens = {on: sum(rows * length for rows, length in shapes[on]) for on in shapes}
+    assert tokens[True] < 0.8 * tokens[False]
+    tolerance = 1e-5 if "max_steps" not in overrides else 1e-3
+    torch.testing.assert_close(weights(runs[True]), weights(runs[False]), atol=tolerance, rtol=0)
+    logs = [[entry for entry in run.state.log_history if "loss" in entry] for run in runs.values()]
+    for packed, plain in zip(*logs, strict=True):
+        for key in {"loss", "entropy", "kl", "grad_norm", "reward"} & plain.keys():
+            assert packed[key] == pytest.approx(plain[key], abs=tolerance, rel=1e-5 if tolerance == 1e-5 else 0.02), (
+                key
+            )
+
+
+def test_a_whole_tree_is_in_a_micro_batch(config, model_path, monkeypatch):
+    batches = []
+    compute_loss = IBTPOTrainer._compute_loss
+    monkeypatch.setattr(
+        IBTPOTrainer,
+        "_compute_loss",
+        lambda self, model, inputs: batches.append(inputs["row"]) or compute_loss(self, model, inputs),
+    )
+    orders = set()
+    for seed in range(3):
+        batches.clear()
+        train(config, model_path, max_steps=1, gradient_accumulation_steps=4, seed=seed)
+        assert [len(set((rows // 12).tolist())) for rows in batches] == [1, 1, 1, 1]
+        orders.add(tuple(int(rows[0]) // 12 for rows in batches))
+        assert sorted(torch.cat(batches).tolist()) == list(range(48))
+    assert len(orders) > 1  # trees are still shuffled
+
+
+def test_keep_groups_together_moves_every_entry():
+    rows = torch.tensor([3, 0, 2, 1])
+    batches = [
+        {"row": part, "ids": part[:, None] * 10, "text": [str(int(row)) for row in part], "count": torch.tensor(7)}
+        | {"none": None}
+        for part in rows.split(2)
+    ]
+    first, second = keep_groups_together(batches, group_size=2)
+    assert first["row"].tolist() == [2, 3] and second["row"].tolist() == [0, 1]
+    assert first["ids"].tolist() == [[20], [30]] and first["text"] == ["2", "3"]
+    assert int(second["count"]) == 7 and second["none"] is None
+
+
+SLIDING = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16, "use_sliding_window": True}
+OTHER_MODELS = {
+    "sliding layers": (Qwen3Config(**SHAPE, head_dim=16, **SLIDING), "sdpa", "layers of other kinds .*sliding_att"),
+    "sliding window": (MistralConfig(**SHAPE, sliding_window=16), "sdpa", "a sliding window (of 16 tokens)"),
+    "linear layers": (
+        Qwen3_5TextConfig(
+            **SHAPE,
+            head_dim=16,
+            linear_num_key_heads=2,
+            linear_num_value_heads=2,
+            linear_key_head_dim=16,
+            linear_value_head_dim=16,
+            layer_types=["linear_attention", "full_attention"],
+        ),
+        "sdpa",
+        "layers of other kinds .*linear_attention",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_where_it_is_not_exact_trl_computes(name, config, model_path, tmp_path, capsys):
+    shape, implementation, reason = OTHER_MODELS[name]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_path)
+    torch.manual_seed(0)
+    shape = type(shape)(**{**shape.to_dict(), "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id})
+    AutoModelForCausalLM.from_config(shape, attn_implementation=implementation).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    runs = []
+    for packed_forward in (None, False):
+        seen = []
+        runs.append(train(config, str(tmp_path / "model"), seen, packed_forward=packed_forward, max_steps=2))
+        assert {rows for rows, _ in seen} == {12}
+        said = capsys.readouterr().out
+        assert said.count("forward: TRL's") == 1
+        if packed_forward is None:
+            assert re.search(reason.replace("(of 16 tokens)", r"\(of 16 tokens\)"), said)
+    assert weights(runs[0]).keys() == weights(runs[1]).keys()
+    for key, value in weights(runs[0]).items():
+        assert torch.equal(value, weights(runs[1])[key])
+    with pytest.raises(ValueError, match="`packed_forward` is True, but the model"):
+        train(config, str(tmp_path / "model"), packed_forward=True)
+
+
+def test_flash_attention_is_left_alone():
+    model = make_model("qwen3")
+    assert why_not_packed(model) is None
+    model.config._attn_implementation = "flash_attention_2"
+    assert "'flash_attention_2', which takes no such mask" in why_not_packed(model)
+
+
+def test_a_model_says_the_same_after_it_was_prepared(model_path, tmp_path):
+    """Generation, plain forwards and the saved configuration do not change."""
+    model = AutoModelForCausalLM.from_pretrained(model_path).eval()
+    ids = torch.arange(5, 25).view(2, 10)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    before = model(input_ids=ids, attention_mask=mask).logits
+    text = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    config = model.config.to_dict()
+    prepare_model(model)
+    assert torch.equal(before, model(input_ids=ids, attention_mask=mask).logits)
+    assert torch.equal(text, model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False))
+    assert model.config.to_dict() == config

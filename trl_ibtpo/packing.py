@@ -1,0 +1,299 @@
+"""The prefix-shared forward: every token that rows of a batch share is computed once.
+
+Trajectories of a tree repeat the prefixes they branched from, and all completions of a question repeat its prompt.
+`pack_prefixes` lays a batch out as a trie in one row, depth first, so that the tokens under any token are the run that
+follows it; each token attends to itself and its ancestors. Where a row branches off, the last shared token is laid out
+again at the head of the branch: every position then has one token to predict, as a language-model head wants it.
+Log-probabilities and entropies are gathered back to the rows, and gradients of shared tokens add up, so both equal
+those of the batch as it was up to rounding. With dropout, what is shared is dropped once.
+
+The trie is made from the token ids alone: trees, GRPO's flat groups and repeated rows all gain.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from trl.trainer.utils import split_tensor_dict
+
+BLOCK = 128  # tokens of a block of flex attention
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens that follow each other in one row, and the earlier runs of tokens that all of them attend to."""
+
+    start: int
+    stop: int
+    ancestors: tuple[
+        tuple[int, int], ...
+    ]  # (start, stop) runs of packed positions, from the first token of the row on
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A batch of `B` rows with `C` completion columns as one row of `L` tokens."""
+
+    input_ids: torch.Tensor  # (1, L)
+    position_ids: torch.Tensor  # (1, L): columns in the batch as it was
+    shift_labels: torch.Tensor  # (1, L): the token each position predicts, -100 where it is not scored
+    subtree_end: np.ndarray  # (L,): one past the last position under each position, its own included
+    segments: tuple[Segment, ...]  # cover the positions in order
+    gather: torch.Tensor  # (B, C): position that predicts each completion token; 0 where there is none
+    scored: torch.Tensor  # (B, C): boolean, whether there is a token
+
+    def unpack(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of packed positions, `(1, L)`, to rows, `(B, C)`; 0 where nothing is scored, as in TRL."""
+        return values[0][self.gather].masked_fill(~self.scored, 0)
+
+    def dense_mask(self) -> torch.Tensor:
+        """Which position (row) attends to which (column), boolean, `(1, 1, L, L)`."""
+        positions = torch.arange(len(self.subtree_end), device=self.input_ids.device)
+        end = torch.from_numpy(self.subtree_end).to(positions.device)
+        return ((positions[None] <= positions[:, None]) & (positions[:, None] < end[None]))[None, None]
+
+    def block_mask(self) -> BlockMask:
+        """The same for flex attention, from blocks alone: nothing of size `L x L` is made."""
+        device, length = self.input_ids.device, len(self.subtree_end)
+        blocks = -(-length // BLOCK)
+        first = np.arange(blocks) * BLOCK
+        ends = np.zeros(blocks * BLOCK, dtype=np.int64)  # positions beyond L have nothing under them
+        ends[:length] = self.subtree_end
+        ends = ends.reshape(blocks, BLOCK)
+        below = first[:, None] > first[None]  # query block (row) after key block (column)
+        some = below & (ends.max(1)[None] > first[:, None]) | np.eye(blocks, dtype=bool)
+        full = below & (ends.min(1)[None] >= np.minimum(first + BLOCK, length)[:, None])
+        end = torch.from_numpy(ends.reshape(1, -1)).to(device)
+
+        def attends(batch, head, query, key):
+            return (key <= query) & (query < end[batch, key])
+
+        return BlockMask.from_kv_blocks(
+            *_block_indices(some & ~full, device),
+            *_block_indices(full, device),
+            BLOCK_SIZE=BLOCK,
+            mask_mod=attends,
+            seq_lengths=(length, length),
+        )
+
+    @cached_property
+    def _segment_indices(self) -> list[tuple[slice, torch.Tensor | None, torch.Tensor | None]]:
+        """Of each segment its positions, the keys they see (None: themselves alone), and which sees which."""
+        device, result = self.input_ids.device, []
+        for segment in self.segments:
+            own = slice(segment.start, segment.stop)
+            if not segment.ancestors:
+                result.append((own, None, None))
+                continue
+            keys = torch.cat(
+                [torch.arange(*run, device=device) for run in (*segment.ancestors, (own.start, own.stop))]
+            )
+            count = own.stop - own.start
+            mask = torch.ones(count, len(keys), dtype=torch.bool, device=device).tril(len(keys) - count)
+            result.append((own, keys, mask[None, None]))
+        return result
+
+
+def pack_prefixes(input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int) -> PackedBatch | None:
+    """Lay out a batch of left-padded prompts and right-padded completions as one row.
+
+    Args:
+        input_ids: `(B, T)`.
+        attention_mask: `(B, T)`; zeros are padding, or completions that are not scored.
+        logits_to_keep: completion columns `C`, the last of `T`.
+
+    Returns:
+        None where the rows cannot be laid out so: a row without a prompt token, or padding between tokens.
+    """
+    ids, mask = input_ids.cpu().numpy(), attention_mask.cpu().numpy().astype(bool)
+    width = ids.shape[1] - logits_to_keep
+    prompt_lengths, lengths = mask[:, :width].sum(1), mask.sum(1)
+    columns = np.arange(ids.shape[1])
+    solid = (columns >= width - prompt_lengths[:, None]) & (columns < width + (lengths - prompt_lengths)[:, None])
+    if (prompt_lengths == 0).any() or (solid != mask).any():
+        return None
+    rows = [ids[row, mask[row]] for row in range(len(ids))]
+    order = sorted(range(len(rows)), key=lambda row: (tuple(rows[row][: prompt_lengths[row]]), tuple(rows[row])))
+
+    tokens: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    segments: list[Segment] = []
+    paths: dict[int, np.ndarray] = {}  # packed position of each token of a row
+    length, previous = 0, None
+    for row in order:
+        shared = 0
+        if previous is not None and prompt_lengths[row] == prompt_lengths[previous]:
+            shared = _common_prefix(rows[row], rows[previous])
+            if shared < prompt_lengths[row]:
+                shared = 0  # another question
+            elif shared < len(rows[previous]):
+                shared -= 1  # the last shared token predicts another one already
+        fresh = np.arange(length, length + len(rows[row]) - shared)
+        if len(fresh):
+            kept = paths[previous][:shared] if shared else fresh[:0]
+            paths[row] = np.concatenate([kept, fresh])
+            tokens.append(rows[row][shared:])
+            positions.append(np.arange(shared, len(rows[row])) + width - prompt_lengths[row])
+            segments.append(Segment(length, length + len(fresh), _runs(kept)))
+            length += len(fresh)
+        else:  # the same row again
+            paths[row] = paths[previous]
+        previous = row
+
+    subtree_end = np.zeros(length, dtype=np.int64)
+    labels = np.full(length, -100)
+    gather, scored = np.zeros((len(rows), logits_to_keep), dtype=np.int64), solid[:, width:]
+    for row in order:
+        path, start = paths[row], prompt_lengths[row]
+        subtree_end[path] = np.maximum(subtree_end[path], path[-1] + 1)
+        labels[path[start - 1 : -1]] = rows[row][start:]
+        gather[row, : len(path) - start] = path[start - 1 : -1]
+    device = input_ids.device
+    return PackedBatch(
+        input_ids=torch.from_numpy(np.concatenate(tokens))[None].to(device),
+        position_ids=torch.from_numpy(np.concatenate(positions))[None].to(device),
+        shift_labels=torch.from_numpy(labels)[None].to(device),
+        subtree_end=subtree_end,
+        segments=tuple(segments),
+        gather=torch.from_numpy(gather).to(device),
+        scored=torch.from_numpy(scored.copy()).to(device),
+    )
+
+
+def _common_prefix(first: np.ndarray, second: np.ndarray) -> int:
+    count = min(len(first), len(second))
+    differs = np.flatnonzero(first[:count] != second[:count])
+    return int(differs[0]) if len(differs) else count
+
+
+def _runs(positions: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Increasing positions as `(start, stop)` runs of consecutive ones."""
+    if not len(positions):
+        return ()
+    breaks = np.flatnonzero(np.diff(positions) != 1) + 1
+    return tuple((int(run[0]), int(run[-1]) + 1) for run in np.split(positions, breaks))
+
+
+def _block_indices(wanted: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many key blocks each query block wants, `(1, 1, Q)`, and which, those first, `(1, 1, Q, K)`."""
+    counts = torch.from_numpy(wanted.sum(1).astype(np.int32)).to(device)
+    indices = torch.from_numpy(np.argsort(~wanted, axis=1, kind="stable").astype(np.int32)).to(device)
+    return counts[None, None], indices[None, None]
+
+
+def keep_groups_together(batches: list[dict[str, Any]], group_size: int) -> list[dict[str, Any]]:
+    """Rearrange shuffled micro-batches so that the rows of a group follow each other.
+
+    Groups keep the shuffled order of their first rows, and rows within a group that of generation.
+
+    Args:
+        batches: micro-batches as TRL splits a generation batch, with the entry `row`: each row's place in it, `(B,)`.
+        group_size: rows of a group.
+    """
+    rows = torch.cat([batch["row"] for batch in batches]).tolist()
+    first = {}  # group to the place of its first row
+    for place, row in enumerate(rows):
+        first.setdefault(row // group_size, place)
+    order = sorted(range(len(rows)), key=lambda place: (first[rows[place] // group_size], rows[place]))
+
+    def merged(values: list) -> Any:
+        if isinstance(values[0], torch.Tensor) and values[0].ndim:
+            return torch.cat(values)[order]
+        if isinstance(values[0], list):
+            flat = [item for value in values for item in value]
+            return [flat[place] for place in order]
+        return values[0]
+
+    batch = {key: merged([each[key] for each in batches]) for key in batches[0]}
+    return split_tensor_dict(batch, len(batches))
+
+
+# ----- attention -----------------------------------------------------------------------------------------------------
+
+TRIE_ATTENTION = "ibtpo_trie"  # sdpa, and along the trie where a packed batch comes with the forward
+_IGNORED_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # transformers takes a 4-D mask as it is
+
+
+def _trie_attention(module, query, key, value, attention_mask, packed_batch: PackedBatch | None = None, **kwargs):
+    """Scaled dot-product attention, `(1, H, L, D)` each, segment by segment of a packed batch.
+
+    Each segment costs what it costs in a row of its own: a mask of all positions would cost the square of all of them.
+    """
+    if packed_batch is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    outputs = []
+    for own, keys, mask in packed_batch._segment_indices:
+        key_part, value_part = (
+            (key[:, :, own], value[:, :, own])
+            if keys is None
+            else (key.index_select(2, keys), value.index_select(2, keys))
+        )
+        outputs.append(sdpa_attention_forward(module, query[:, :, own], key_part, value_part, mask, **kwargs)[0])
+    return torch.cat(outputs, dim=1), None
+
+
+AttentionInterface.register(TRIE_ATTENTION, _trie_attention)
+AttentionMaskInterface.register(TRIE_ATTENTION, sdpa_mask)
+
+
+def model_arguments(model: PreTrainedModel, packed: PackedBatch) -> dict[str, Any]:
+    """Arguments with which the forward of `model` attends along the trie."""
+    arguments: dict[str, Any] = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
+    implementation = model.config.get_text_config()._attn_implementation
+    if implementation == TRIE_ATTENTION:
+        return {**arguments, "attention_mask": _IGNORED_MASK.to(packed.input_ids.device), "packed_batch": packed}
+    if implementation == "flex_attention":
+        return {**arguments, "attention_mask": packed.block_mask()}
+    mask = packed.dense_mask()
+    additive = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
+    return {**arguments, "attention_mask": additive.masked_fill_(~mask, torch.finfo(model.dtype).min)}
+
+
+def why_not_packed(model: PreTrainedModel) -> str | None:
+    """Why the packed forward would not be exact for this model; None where it is."""
+    config = model.config.get_text_config()
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if layer_types != {"full_attention"}:
+        return f"the model has layers of other kinds than full attention ({', '.join(sorted(layer_types))})"
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return f"the model attends to a sliding window (of {config.sliding_window} tokens)"
+    if not model._can_set_attn_implementation():
+        return "the model computes its attention in a way of its own"
+    implementation = config._attn_implementation
+    if implementation not in ("sdpa", "eager", "flex_attention", TRIE_ATTENTION):
+        return (
+            f"`attn_implementation` is '{implementation}', which takes no such mask; 'sdpa', 'eager' and "
+            "'flex_attention' do"
+        )
+    return None
+
+
+def prepare_model(model: PreTrainedModel) -> None:
+    """Let `model` attend along the trie of a packed batch; its other forwards stay as they are."""
+    if model.config.get_text_config()._attn_implementation == "sdpa":
+        model.set_attn_implementation(TRIE_ATTENTION)
+
+
+def packed_logps_and_entropies(
+    model: torch.nn.Module, base_model: PreTrainedModel, packed: PackedBatch
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probabilities and entropies of the completion tokens, both `(B, C)`, zero where there is none.
+
+    Args:
+        model: with TRL's fused head; possibly wrapped.
+        base_model: the transformers model inside.
+        packed: the batch.
+    """
+    outputs = model(
+        **model_arguments(base_model, packed),
+        shift_labels=packed.shift_labels,
+        fused_lm_head=True,
+    )
+    entropies = None if outputs.entropy is None else packed.unpack(outputs.entropy)
+    return packed.unpack(outputs.log_probs), entropies
