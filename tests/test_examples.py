@@ -18,6 +18,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser
 from trl.rewards import accuracy_reward
@@ -187,6 +188,9 @@ def test_adapter(tmp_path, model_path, math_folder, recipe, fields):
     generated = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, min_new_tokens=8)
     assert generated.shape[1] == ids.shape[1] + 8
     assert not (tmp_path / "out" / "model.safetensors").exists()  # the adapter alone
+    # TRL keeps the adapter of a quantized model, and of no other, in bfloat16: the base model really had 4 bits.
+    dtypes = {weight.dtype for weight in load_file(tmp_path / "out" / "adapter_model.safetensors").values()}
+    assert dtypes == {torch.bfloat16 if recipe.startswith("qlora") else torch.float32}
 
 
 def test_quantized_model_with_vllm_is_refused(tmp_path, monkeypatch):
