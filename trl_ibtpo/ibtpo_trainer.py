@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, is_peft_model
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
@@ -37,6 +37,7 @@ from .engines.vllm import (
 from .growth import TreeGrower, grow_trees
 from .ibtpo_config import IBTPOConfig
 from .metrics import TreeMetrics
+from .model_card import GrownTree, complete_card, tree_to_show
 from .rewards import RewardScorer
 from .steps import StepSplitter
 
@@ -122,6 +123,7 @@ class IBTPOTrainer(GRPOTrainer):
         self._tree_inputs: list[dict[str, Any]] = []  # dataset rows of the generation batch being made
         self._growers: list[TreeGrower] = []
         self._scorer: RewardScorer | None = None
+        self._shown_tree: GrownTree | None = None  # one of the last generation batch, for the model card
 
     def train(self, *args: Any, **kwargs: Any):
         self.accelerator.print(self._describe())
@@ -145,6 +147,18 @@ class IBTPOTrainer(GRPOTrainer):
         growers, _ = self._grow(inputs, prompt_ids)
         return growers
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            complete_card(
+                self.args.output_dir,
+                self.args,
+                self.state.log_history,
+                self._shown_tree,
+                success_reward=self.reward_func_names[self._success_index],
+                adapter=is_peft_model(self.accelerator.unwrap_model(self.model)),
+            )
+
     # ----- hooks into TRL: generation, rewards, advantages -----------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -154,6 +168,7 @@ class IBTPOTrainer(GRPOTrainer):
         try:
             output = super()._generate_and_score_completions(inputs)
             output["advantages"] = self._step_advantages(output["advantages"], output["completion_ids"])
+            self._shown_tree = tree_to_show(self._growers, self.state.global_step + 1)
         finally:
             self._tree_inputs, self._growers, self._scorer = [], [], None
         return output
