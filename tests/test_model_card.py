@@ -65,6 +65,12 @@ def test_a_second_card_replaces_the_first(tmp_path):
     assert first.count("### Rollout trees") == 1
 
 
+def test_no_tree_is_claimed_where_none_grew(tmp_path):
+    assert "grew one tree of 12" in make_card(tmp_path)
+    assert "12 independent completions: no tree" in make_card(tmp_path, branching="independent")
+    assert "4 independent completions: no tree" in make_card(tmp_path, tree_levels=1)
+
+
 def test_weights_from_a_folder_have_no_link(tmp_path):
     card = make_card(tmp_path)
     assert "fine-tuned version of local weights" in card and "huggingface.co/None" not in card

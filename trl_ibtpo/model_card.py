@@ -43,7 +43,11 @@ TEMPLATE = """\
 {{ head }}
 ### Rollout trees
 
+{% if branches -%}
 Each question grew one tree of {{ leaves }} trajectories, and every step got its own advantage.
+{%- else -%}
+Each question had {{ leaves }} independent completions: no tree was grown.
+{%- endif %}
 
 | field | paper | value |
 |---|---|---|
@@ -113,6 +117,7 @@ def complete_card(
     text = card.text.replace("[None](https://huggingface.co/None)", "local weights")
     head, heading, tail = text.partition("### Framework versions")
 
+    branches = args.branching != "independent" and args.tree_levels > 1
     curve = tree = None
     if any(key in log for log in log_history for key in RATES):
         curve = f"{FIGURES}/training_curves.png"
@@ -125,13 +130,14 @@ def complete_card(
             shown.scores,
             folder / tree,
             title=f"Rollout tree at training step {shown.step}",
-            initial_rollouts=args.growth_settings.initial_rollouts,
+            initial_rollouts=args.growth_settings.initial_rollouts if branches else args.num_generations,
             branches_per_round=args.growth_settings.branches_per_round,
         )
     ModelCard.from_template(
         card.data,
         template_str=TEMPLATE,
-        head=head,
+        head=head.lstrip(),
+        branches=branches,
         tail=heading + tail,
         leaves=args.num_generations,
         rows=_rows(args, success_reward),
