@@ -144,17 +144,19 @@ def test_every_own_field_is_in_the_reference(pages, site):
 # ----- quotations and examples ---------------------------------------------------------------------------------------
 
 
-def templates() -> list[str]:
-    """Every text of the package, with `…` where a value is filled in and white space made single."""
-    found = []
-    for path in (ROOT / "trl_ibtpo").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.JoinedStr):
-                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
-                found.append(" ".join("".join(parts).split()))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(" ".join(node.value.split()))
-    return found
+def template(node: ast.Constant | ast.JoinedStr) -> str:
+    """A text of the code with `…` where a value is filled in and white space made single."""
+    parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+    return " ".join("".join(part.value if isinstance(part, ast.Constant) else "…" for part in parts).split())
+
+
+def is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def package_nodes() -> list[tuple[Path, ast.AST]]:
+    paths = (ROOT / "trl_ibtpo").rglob("*.py")
+    return [(path, node) for path in paths for node in ast.walk(ast.parse(path.read_text()))]
 
 
 def quotations() -> list[str]:
@@ -163,29 +165,34 @@ def quotations() -> list[str]:
     )
 
 
-def is_quoted_from(quotation: str, template: str) -> bool:
+def is_quoted_from(quotation: str, text: str) -> bool:
     """Whether the pieces between the values of a quotation stand in a text in this order."""
     pieces = [piece for piece in quotation.split("…") if piece.strip()]
-    return re.search(".*".join(map(re.escape, pieces)), template) is not None
+    return re.search(".*".join(map(re.escape, pieces)), text) is not None
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    """Every text of the package."""
+    return [template(node) for _, node in package_nodes() if is_text(node)]
 
 
 @pytest.mark.parametrize("quotation", quotations())
-def test_quoted_messages_are_in_the_code(quotation):
-    assert any(is_quoted_from(quotation, template) for template in templates())
+def test_quoted_messages_are_in_the_code(quotation, texts):
+    assert any(is_quoted_from(quotation, text) for text in texts)
 
 
 def test_every_message_is_explained():
     """What is raised where a user can cause it is on the troubleshooting page."""
     internal = ("tree.py", "growth.py", "__init__.py")  # wrong use of the parts, not of the trainer
-    raised = []
-    for path in (ROOT / "trl_ibtpo").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and path.name not in internal:
-                raised += [(path.name, node.lineno, ast.unparse(argument)) for argument in node.exc.args]
-    quoted = [piece for quotation in quotations() for piece in quotation.split("…") if len(piece) > 8]
-    missing = [
-        (name, line) for name, line, text in raised if "NO_IMAGES" not in text and not any(p in text for p in quoted)
-    ]
+    raised = {
+        f"{path.name}:{node.lineno}": template(argument)
+        for path, node in package_nodes()
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and path.name not in internal
+        for argument in node.exc.args
+        if is_text(argument)
+    }
+    missing = [place for place, text in raised.items() if not any(is_quoted_from(q, text) for q in quotations())]
     assert len(raised) > 20 and missing == []
 
 
