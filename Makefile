@@ -5,13 +5,16 @@ export CI ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test clean
+.PHONY: quickstart test docs clean
 
 quickstart: .venv/installed
 	$(BIN)/python examples/quickstart.py
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
+
+docs: .venv/installed  # site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # torch first and with its dependencies: a plain `torch` would bring another build. The rest is pinned completely, so
 # nothing is resolved; vLLM's CPU build needs this, since its declared dependencies exist for CUDA only.
@@ -23,4 +26,4 @@ test: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv outputs
+	rm -rf .venv outputs site

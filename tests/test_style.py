@@ -30,7 +30,7 @@ def test_pure_floors_load_neither_torch_nor_trl(module):
 FLOORS = [
     {"steps", "tree"},
     {"scores", "branching", "advantages"},
-    {"engines", "growth", "rewards", "metrics", "drawing", "compat", "packing"},
+    {"engines", "growth", "rewards", "packing", "metrics", "drawing", "model_card", "compat"},
     {"ibtpo_config", "ibtpo_trainer"},
 ]
 

@@ -37,6 +37,7 @@ from .engines.vllm import (
 from .growth import TreeGrower, grow_trees
 from .ibtpo_config import IBTPOConfig
 from .metrics import TreeMetrics
+from .model_card import GrownTree, complete_card, tree_to_show
 from .packing import (
     keep_groups_together,
     pack_prefixes,
@@ -130,6 +131,7 @@ class IBTPOTrainer(GRPOTrainer):
         self._tree_inputs: list[dict[str, Any]] = []  # dataset rows of the generation batch being made
         self._growers: list[TreeGrower] = []
         self._scorer: RewardScorer | None = None
+        self._shown_tree: GrownTree | None = None  # one of the last generation batch, for the model card
 
     def train(self, *args: Any, **kwargs: Any):
         self.accelerator.print(self._describe())
@@ -153,6 +155,18 @@ class IBTPOTrainer(GRPOTrainer):
         growers, _ = self._grow(inputs, prompt_ids)
         return growers
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            complete_card(
+                self.args.output_dir,
+                self.args,
+                self.state.log_history,
+                self._shown_tree,
+                success_reward=self.reward_func_names[self._success_index],
+                adapter=is_peft_model(self.accelerator.unwrap_model(self.model)),
+            )
+
     # ----- hooks into TRL: generation, rewards, advantages -----------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -163,6 +177,7 @@ class IBTPOTrainer(GRPOTrainer):
             output = super()._generate_and_score_completions(inputs)
             output["advantages"] = self._step_advantages(output["advantages"], output["completion_ids"])
             output["row"] = torch.arange(len(inputs), device=output["advantages"].device)
+            self._shown_tree = tree_to_show(self._growers, self.state.global_step + 1)
         finally:
             self._tree_inputs, self._growers, self._scorer = [], [], None
         return output

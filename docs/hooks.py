@@ -1,0 +1,163 @@
+"""Hooks of the documentation site: whatever could go stale is made from the code when the site is built.
+
+- A link to a file outside docs/ goes to a page with that file. Where its text is a name in code font, as in
+  [`growth.TreeGrower`](../trl_ibtpo/growth.py), it goes to the line that defines the name, and the build fails when
+  nothing does.
+- The overview is README.md.
+- `<!-- fields of IBTPOConfig -->` becomes the tables of fields, from its docstring and its defaults.
+"""
+
+import ast
+import inspect
+import posixpath
+import re
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, InclusionLevel
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+LINK = re.compile(r"\[(?P<label>[^]\n]+)\]\((?P<target>[^):#\s]+)\)")
+NAME = re.compile(r"`([A-Za-z_][\w.]*)`")
+FIELDS_MARK = "<!-- fields of IBTPOConfig -->"
+GREEK = {"\\beta": "β", "\\lambda": "λ", "\\pi": "π"}
+
+
+def on_config(config):
+    known = {page for entry in config.nav for page in entry.values()}
+    config.nav += sorted(path.name for path in DOCS.glob("*.md") if path.name not in known)
+    return config
+
+
+def on_files(files, config):
+    files.append(File.generated(config, "index.md", content=(ROOT / "README.md").read_text()))
+    pages = [ROOT / "README.md", *DOCS.rglob("*.md")]
+    sources = {path for page in pages for _, path in links(page.read_text(), page) if DOCS not in path.parents}
+    for path in sorted(sources):
+        page = File.generated(config, source_page(path), content=show(path), inclusion=InclusionLevel.NOT_IN_NAV)
+        files.append(page)
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    place = ROOT / "README.md" if page.file.src_uri == "index.md" else DOCS / page.file.src_uri
+    if not place.is_file():  # a page that shows a file
+        return markdown
+    for match, path in reversed(list(links(markdown, place))):
+        target = path.relative_to(DOCS).as_posix() if DOCS in path.parents else source_page(path)
+        target = posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or ".")
+        name = NAME.fullmatch(match["label"])
+        if name and path.suffix == ".py" and not name[1].endswith(".py"):
+            target += f"#__codelineno-0-{line_of(name[1], path)}"
+        markdown = f"{markdown[: match.start()]}[{match['label']}]({target}){markdown[match.end() :]}"
+    return markdown.replace(FIELDS_MARK, field_tables()) if FIELDS_MARK in markdown else markdown
+
+
+# ----- links to source lines -----------------------------------------------------------------------------------------
+
+
+def links(markdown: str, page: Path) -> Iterator[tuple[re.Match, Path]]:
+    """Links of a page to files of the repository that exist."""
+    for match in LINK.finditer(markdown):
+        path = (page.parent / match["target"]).resolve()
+        if ROOT in path.parents and path.is_file():
+            yield match, path
+
+
+def source_page(path: Path) -> str:
+    return f"source/{path.relative_to(ROOT).as_posix()}.md"
+
+
+def show(path: Path) -> str:
+    """A page with a file; its lines have anchors."""
+    language = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}.get(path.suffix, "text")
+    head = f"---\nsearch:\n  exclude: true\n---\n\n# {path.relative_to(ROOT).as_posix()}\n\n"
+    return f'{head}~~~~~~~~ {{ .{language} linenums="1" }}\n{path.read_text()}\n~~~~~~~~\n'
+
+
+def line_of(name: str, path: Path) -> int:
+    """The line of `path` that defines a dotted name; its module may be written before it."""
+    parts = name.split(".")
+    modules = path.relative_to(ROOT).with_suffix("").parts
+    while parts and parts[0] in modules:
+        parts = parts[1:]
+    line, body = 1, ast.parse(path.read_text()).body
+    for part in parts:
+        found = next((node for node in body if part in defined(node)), None)
+        if found is None:
+            raise PluginError(f"docs name `{name}`, but {path.relative_to(ROOT)} does not define `{part}`.")
+        line, body = found.lineno, getattr(found, "body", [])
+    return line
+
+
+def defined(node: ast.stmt) -> list[str]:
+    """Names that a statement defines."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+# ----- the configuration reference -----------------------------------------------------------------------------------
+
+
+def field_tables() -> str:
+    """The fields that IBTPOConfig adds or gives another meaning, in its docstring's order; then its other defaults."""
+    from trl import GRPOConfig
+
+    from trl_ibtpo import IBTPOConfig
+
+    own = {field.name: field for field in fields(IBTPOConfig) if field.name in IBTPOConfig.__annotations__}
+    inherited = {field.name: field for field in fields(GRPOConfig)}
+    text, documented = "", set()
+    for section, entries in docstring_sections(inspect.getdoc(IBTPOConfig)):
+        text += f"\n## {section}\n\n| field | type | default | meaning |\n|---|---|---|---|\n"
+        for name, meaning in entries:
+            if name not in own:
+                raise PluginError(f"The docstring of IBTPOConfig describes `{name}`, which is not a field of its own.")
+            text += f"| `{name}` | `{kind(own[name])}` | `{default(own[name])}` | {formulas(meaning)} |\n"
+            documented.add(name)
+    text += "\n## Parameters with another default\n\n| field | type | default | in `GRPOConfig` | meaning |\n"
+    text += "|---|---|---|---|---|\n"
+    for name, field in own.items():
+        if name in documented:
+            continue
+        if name not in inherited:
+            raise PluginError(f"The docstring of IBTPOConfig does not describe its field `{name}`.")
+        before = default(inherited[name])
+        text += f"| `{name}` | `{kind(field)}` | `{default(field)}` | `{before}` | {field.metadata['help']} |\n"
+    return text
+
+
+def docstring_sections(docstring: str) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Title, and names with their descriptions, of each `> Parameters ...` part."""
+    parameters = docstring.split("Parameters:\n", 1)[1].split("\n> [!NOTE]")[0]
+    sections = []
+    for part in re.split(r"^    > ", parameters, flags=re.MULTILINE)[1:]:
+        title, text = part.split("\n", 1)
+        entries = re.findall(r"^    (\w+) \(.*\):\n((?:        .*\n?)+)", text, flags=re.MULTILINE)
+        sections.append((title, [(name, " ".join(meaning.split())) for name, meaning in entries]))
+    return sections
+
+
+def kind(field) -> str:
+    return field.type.__name__ if isinstance(field.type, type) else str(field.type)
+
+
+def default(field) -> str:
+    return repr(field.default) if field.default is not MISSING else "required"
+
+
+def formulas(text: str) -> str:
+    r"""`\( B_0 \)` in italics with its subscript, since the site loads no typesetter."""
+
+    def html(match: re.Match) -> str:
+        formula = match[1].strip()
+        for command, letter in GREEK.items():
+            formula = formula.replace(command, letter)
+        return "<i>" + re.sub(r"_\{?(\w+)\}?", r"<sub>\1</sub>", formula) + "</i>"
+
+    return re.sub(r"\\\((.+?)\\\)", html, text)

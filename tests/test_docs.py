@@ -1,0 +1,216 @@
+"""The site builds, its links lead somewhere, and what it quotes is in the code."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from trl_ibtpo import IBTPOConfig
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+
+
+def build(source: Path, site: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)],
+        cwd=source,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    site = tmp_path_factory.mktemp("site")
+    result = build(ROOT, site)
+    assert result.returncode == 0, result.stderr
+    return site
+
+
+class Page(HTMLParser):
+    """Links, anchors and text of a page."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.links, self.loaded, self.anchors, self.text = [], [], set(), ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.anchors |= {attributes[key] for key in ("id", "name") if attributes.get(key)}
+        if tag == "a" and attributes.get("href"):
+            self.links.append(attributes["href"])
+        if tag in ("script", "img", "link", "iframe") and attributes.get("rel") not in ("canonical", "next", "prev"):
+            self.loaded += [attributes[key] for key in ("src", "href") if attributes.get(key)]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def pages(site) -> dict[Path, Page]:
+    return {path: Page(path) for path in site.rglob("*.html")}
+
+
+def test_links_and_anchors_exist(pages):
+    checked = 0
+    for path, page in pages.items():
+        for link in page.links + page.loaded:
+            parts = urlsplit(link)
+            if parts.scheme or path.name == "404.html":  # served from anywhere, so its links are absolute
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            assert target.exists(), f"{path.name}: {link}"
+            if parts.fragment and target.suffix == ".html":
+                assert unquote(parts.fragment) in pages[target].anchors, f"{path.name}: {link}"
+            checked += 1
+    assert checked > 200
+
+
+def test_nothing_is_loaded_from_a_network(pages):
+    assert [link for page in pages.values() for link in page.loaded if urlsplit(link).scheme] == []
+
+
+def test_every_page_is_built_and_in_the_navigation(pages, site):
+    index = pages[site / "index.html"]
+    for page in DOCS.glob("*.md"):
+        assert page.with_suffix(".html").name in index.links
+
+
+def test_details_are_numbered_and_lead_to_lines(pages, site):
+    details = (DOCS / "details.md").read_text()
+    numbers = [int(number) for number in re.findall(r"^(\d+)\. ", details, flags=re.MULTILINE)]
+    assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) > 20
+    starts = re.findall(r'<ol(?: start="(\d+)")?>\n<li>', (site / "details.html").read_text())
+    sections = re.findall(r"^## .*\n\n(\d+)\. ", details, flags=re.MULTILINE)
+    assert [start or "1" for start in starts] == sections
+    items = re.split(r"^\d+\. ", details, flags=re.MULTILINE)[1:]
+    assert all("](../trl_ibtpo/" in item for item in items)
+    lines = [link for link in pages[site / "details.html"].links if "#__codelineno-0-" in link]
+    assert len(lines) == details.count("](../trl_ibtpo/")
+
+
+def test_a_link_leads_to_the_line_that_defines_the_name(pages, site):
+    (link, *_) = [link for link in pages[site / "method.html"].links if "tree.py" in link]
+    source = (ROOT / "trl_ibtpo/tree.py").read_text().splitlines()
+    assert "def leaf_mean" in source[int(link.rsplit("-", 1)[1]) - 1]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            "[`tree.RolloutTree.gone`](../trl_ibtpo/tree.py)",
+            "docs name `tree.RolloutTree.gone`, but .*tree.py does not",
+        ),
+        ("[a page](nowhere.md)", "nowhere.md"),
+        ("[`growth.TreeGrower`](../trl_ibtpo/no_such_file.py)", "no_such_file.py"),
+    ],
+)
+def test_a_stale_link_fails_the_build(tmp_path, text, message):
+    """In a copy of the site's sources that has one page and the stale link."""
+    for name in ("mkdocs.yml", "README.md", "docs/hooks.py", "trl_ibtpo/tree.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    settings = (tmp_path / "mkdocs.yml").read_text()
+    (tmp_path / "mkdocs.yml").write_text(re.sub(r"nav:\n(  - .*\n)+", "nav:\n  - Overview: index.md\n", settings))
+    (tmp_path / "README.md").write_text("# Overview\n")
+    (tmp_path / "docs/page.md").write_text("# Page\n")
+    assert build(tmp_path, tmp_path / "site").returncode == 0
+    (tmp_path / "docs/page.md").write_text(f"# Page\n\n{text}\n")
+    result = build(tmp_path, tmp_path / "site")
+    assert result.returncode != 0 and re.search(message, result.stderr), result.stderr
+
+
+def test_every_own_field_is_in_the_reference(pages, site):
+    page = (site / "configuration.html").read_text()
+    for name in IBTPOConfig.__annotations__:
+        assert page.count(f"<td><code>{name}</code></td>") == 1, name
+    text = pages[site / "configuration.html"].text
+    assert "Rollouts from the question before any branching. The paper's B0." in text
+    assert "\\(" not in text and "<!--" not in text
+
+
+# ----- quotations and examples ---------------------------------------------------------------------------------------
+
+
+def template(node: ast.Constant | ast.JoinedStr) -> str:
+    """A text of the code with `…` where a value is filled in and white space made single."""
+    parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+    return " ".join("".join(part.value if isinstance(part, ast.Constant) else "…" for part in parts).split())
+
+
+def is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def package_nodes() -> list[tuple[Path, ast.AST]]:
+    paths = (ROOT / "trl_ibtpo").rglob("*.py")
+    return [(path, node) for path in paths for node in ast.walk(ast.parse(path.read_text()))]
+
+
+def quotations() -> list[str]:
+    return re.findall(
+        r"^```text\n(.+?)\n```", (DOCS / "troubleshooting.md").read_text(), flags=re.MULTILINE | re.DOTALL
+    )
+
+
+def is_quoted_from(quotation: str, text: str) -> bool:
+    """Whether the pieces between the values of a quotation stand in a text in this order."""
+    pieces = [piece for piece in quotation.split("…") if piece.strip()]
+    return re.search(".*".join(map(re.escape, pieces)), text) is not None
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    """Every text of the package."""
+    return [template(node) for _, node in package_nodes() if is_text(node)]
+
+
+@pytest.mark.parametrize("quotation", quotations())
+def test_quoted_messages_are_in_the_code(quotation, texts):
+    assert any(is_quoted_from(quotation, text) for text in texts)
+
+
+def test_every_message_is_explained():
+    """What is raised where a user can cause it is on the troubleshooting page."""
+    internal = ("tree.py", "growth.py", "__init__.py")  # wrong use of the parts, not of the trainer
+    raised = {
+        f"{path.name}:{node.lineno}": template(argument)
+        for path, node in package_nodes()
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and path.name not in internal
+        for argument in node.exc.args
+        if is_text(argument)
+    }
+    missing = [place for place, text in raised.items() if not any(is_quoted_from(q, text) for q in quotations())]
+    assert len(raised) > 20 and missing == []
+
+
+EXAMPLES = [
+    (page.name, number, code)
+    for page in sorted([*DOCS.glob("*.md"), ROOT / "README.md"])
+    for number, code in enumerate(re.findall(r"^ *```python\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL))
+]
+
+
+@pytest.mark.parametrize("name, number, code", EXAMPLES, ids=[f"{name}-{number}" for name, number, _ in EXAMPLES])
+def test_examples_compile_and_name_real_fields(name, number, code):
+    tree = ast.parse(textwrap.dedent(code))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "IBTPOConfig":
+            given = {keyword.arg for keyword in node.keywords}
+            assert given <= set(IBTPOConfig.__dataclass_fields__)
+
+
+def test_pages_with_examples_have_them():
+    assert {"quickstart.md", "migrating.md", "README.md"} <= {name for name, _, _ in EXAMPLES}

@@ -1,0 +1,128 @@
+"""The section of the model card about trees: complete, and safe whatever the names and texts in it."""
+
+import html
+import math
+
+import numpy as np
+import pytest
+import tiny
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from trl import GRPOConfig
+
+from trl_ibtpo import IBTPOConfig, IBTPOTrainer
+from trl_ibtpo.growth import GrowthSettings, TreeGrower
+from trl_ibtpo.model_card import GrownTree, as_text, complete_card, tree_to_show
+from trl_ibtpo.scores import score_tree
+from trl_ibtpo.tree import RolloutTree
+
+BARE_CARD = """\
+---
+library_name: transformers
+tags: [trl, ibtpo]
+---
+
+This model is a fine-tuned version of [None](https://huggingface.co/None).
+
+### Framework versions
+
+- TRL
+"""
+
+
+def shown_tree() -> GrownTree:
+    tree = RolloutTree([1, 2])
+    tree.graft(0, [3, 4, 5], [-0.1] * 3, [2, 3])
+    tree.graft(1, [5, 5], [-0.1] * 2, [2])
+    return GrownTree(tree, [1.0, 0.0], score_tree(tree, [1.0, 0.0], beta=5.0), step=7)
+
+
+def make_card(folder, shown=None, logs=(), success_reward="is_right", **settings) -> str:
+    (folder / "README.md").write_text(BARE_CARD)
+    args = IBTPOConfig(str(folder), use_cpu=True, bf16=False, **settings)
+    complete_card(folder, args, logs, shown, success_reward=success_reward, adapter=False)
+    return (folder / "README.md").read_text()
+
+
+def test_table_has_every_field_of_the_method(tmp_path):
+    card = make_card(tmp_path)
+    for name in set(IBTPOConfig.__dataclass_fields__) - set(GRPOConfig.__dataclass_fields__):
+        assert f"| `{name}` |" in card
+    assert "| `tree_initial_rollouts` | B0 | 4 |" in card and "| `ib_coef` | lambda | 0.1 |" in card
+
+
+def test_pictures_only_of_what_there_is(tmp_path):
+    assert "![" not in make_card(tmp_path, logs=[{"step": 1, "loss": 0.5}])
+    assert not (tmp_path / "figures").exists()
+    card = make_card(tmp_path, shown_tree(), logs=[{"step": 1, "tree/effective_rate": 0.5}])
+    assert card.count("![") == 2 and "training step 7" in card
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"training_curves.png", "tree.png"}
+
+
+def test_a_second_card_replaces_the_first(tmp_path):
+    first = make_card(tmp_path, shown_tree())
+    assert make_card(tmp_path, shown_tree()) == first
+    assert first.count("### Rollout trees") == 1
+
+
+def test_no_tree_is_claimed_where_none_grew(tmp_path):
+    assert "grew one tree of 12" in make_card(tmp_path)
+    assert "12 independent completions: no tree" in make_card(tmp_path, branching="independent")
+    assert "4 independent completions: no tree" in make_card(tmp_path, tree_levels=1)
+
+
+def test_weights_from_a_folder_have_no_link(tmp_path):
+    card = make_card(tmp_path)
+    assert "fine-tuned version of local weights" in card and "huggingface.co/None" not in card
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<script>alert(1)</script>",
+        "a | b |\n\n# heading",
+        "`code` *bold* _emphasis_ ![x](http://example.com/x.png)",
+        "www.example.com http://example.com {{ 7 * 7 }} {% raw %} &amp; \\",
+        "---\ntags: [evil]\n---",
+        "数学 \U0001f600 it's \x1b[31m",
+    ],
+)
+def test_hostile_text_is_only_text(tmp_path, text):
+    """A cell of the table shows the text as Python writes it, and nothing of it becomes markup."""
+    rendered = MarkdownIt("gfm-like", {"linkify": False}).render(
+        f"| field | value |\n|---|---|\n| x | {as_text(text)} |\n"
+    )
+    cell = rendered.split("<td>")[2].split("</td>")[0]
+    assert "<" not in cell and html.unescape(cell) == repr(text)[1:-1]
+    card = ModelCard(make_card(tmp_path, success_reward=text, step_delimiter=text))
+    assert card.data.tags == ["ibtpo", "trl"]
+    assert "49" not in card.text and f"| `success_reward` |  | {as_text(text)} |" in card.text
+
+
+def test_plain_names_stay_readable():
+    assert [as_text(value) for value in ("geometric_mean", "ib", 0.1, True, None, 12)] == [
+        "geometric_mean", "ib", "0.1", "True", "None", "12",
+    ]  # fmt: skip
+
+
+def grower(success: list[float]) -> TreeGrower:
+    grown = TreeGrower([1], GrowthSettings(), splitter=None)
+    for value in success:
+        grown.tree.graft(0, [2], [-0.1], [1])
+        grown.success.append(value)
+    return grown
+
+
+def test_the_tree_with_most_to_see_is_shown():
+    growers = [grower([math.nan] * 2), grower([1.0, 1.0]), grower([1.0, 0.0]), grower([0.0, 1.0])]
+    shown = tree_to_show(growers, step=3)
+    assert shown.tree is growers[2].tree and shown.step == 3
+    assert np.nanmean(shown.scores.density) == 0.5
+
+
+def test_trainer_keeps_one_tree(config, model_path):
+    trainer = IBTPOTrainer(model_path, tiny.even_length, config(max_steps=2), tiny.questions())
+    assert trainer._shown_tree is None
+    trainer.train()
+    assert isinstance(trainer._shown_tree, GrownTree) and trainer._shown_tree.step == 2
+    assert len(trainer._shown_tree.tree.leaves) == len(trainer._shown_tree.success) == 12

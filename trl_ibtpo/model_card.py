@@ -1,0 +1,164 @@
+"""What the model card says beyond TRL's: how the trees were shaped, how training went, and what one tree looks like.
+
+TRL writes the card; `complete_card` reads it back, adds a section and saves it. The pictures lie beside it, so they
+are pushed with it. Prompts and completions stay out of both: a dataset may be private where the model is not.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import ModelCard
+from trl import GRPOConfig
+
+from .drawing import draw_learning_curve, draw_tree
+from .growth import TreeGrower
+from .scores import TreeScores
+from .tree import RolloutTree
+
+FIGURES = "figures"
+RATES = ("tree/average_success", "tree/effective_rate")  # those of the training curves
+
+SYMBOLS = {
+    "tree_initial_rollouts": "B0",
+    "tree_levels": "L",
+    "tree_nodes_per_level": "K",
+    "tree_branches_per_node": "B",
+    "num_generations": "G",
+    "ib_beta": "beta",
+    "ib_coef": "lambda",
+    "step_confidence": "pi(s)",
+}
+# Fields of GRPOConfig that belong to the method; those that IBTPOConfig adds are all listed.
+SHARED_FIELDS = ("num_generations", "temperature", "top_p", "top_k", "max_completion_length", "beta", "loss_type")
+
+TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+{{ head }}
+### Rollout trees
+
+{% if branches -%}
+Each question grew one tree of {{ leaves }} trajectories, and every step got its own advantage.
+{%- else -%}
+Each question had {{ leaves }} independent completions: no tree was grown.
+{%- endif %}
+
+| field | paper | value |
+|---|---|---|
+{% for name, symbol, value in rows -%}
+| `{{ name }}` | {{ symbol }} | {{ value }} |
+{% endfor %}
+{%- if curve %}
+Mean success of the trajectories and share of trees whose trajectories differ in success, over training:
+
+![Training curves]({{ curve }})
+{% endif %}
+{%- if tree %}
+A tree grown at training step {{ step }}, one row per trajectory; the colour is the mean success below a step:
+
+![Rollout tree]({{ tree }})
+{% endif %}
+{{ tail }}
+"""
+
+
+@dataclass(frozen=True)
+class GrownTree:
+    """A tree to show, without what grew it."""
+
+    tree: RolloutTree
+    success: list[float]  # of each leaf, NaN where unknown
+    scores: TreeScores
+    step: int  # training step it was grown for
+
+
+def tree_to_show(growers: Sequence[TreeGrower], step: int) -> GrownTree:
+    """Of the trees of a generation batch, the one with most to see: nearest to as many right as wrong answers."""
+
+    def one_sidedness(grower: TreeGrower) -> float:
+        known = [success for success in grower.success if not np.isnan(success)]
+        return abs(np.mean(known) - 0.5) if known else 1.0
+
+    grower = min(growers, key=one_sidedness)
+    return GrownTree(grower.tree, grower.success, grower.scores(), step)
+
+
+def complete_card(
+    folder: str | Path,
+    args: GRPOConfig,
+    log_history: Sequence[dict[str, Any]],
+    shown: GrownTree | None,
+    *,
+    success_reward: str,
+    adapter: bool,
+) -> None:
+    """Add the section about trees, and its pictures, to the card that TRL has written.
+
+    Args:
+        folder: where `README.md` is, the folder that is pushed.
+        args: the IBTPOConfig.
+        log_history: `trainer.state.log_history`; without any rate of `RATES` there is no picture of them.
+        shown: the tree to draw; none before the first generation.
+        success_reward: name of the reward function that says whether an answer is right.
+        adapter: whether the folder holds an adapter of `peft` rather than a model.
+    """
+    folder = Path(folder)
+    card = ModelCard.load(folder / "README.md")
+    card.data.tags = sorted(card.data.tags)  # TRL's order changes from run to run
+    if adapter:
+        card.data.library_name = "peft"
+    # TRL names the base model by its place on the Hub; weights from a folder have none.
+    text = card.text.replace("[None](https://huggingface.co/None)", "local weights")
+    head, heading, tail = text.partition("### Framework versions")
+
+    branches = args.branching != "independent" and args.tree_levels > 1
+    curve = tree = None
+    if any(key in log for log in log_history for key in RATES):
+        curve = f"{FIGURES}/training_curves.png"
+        draw_learning_curve(log_history, folder / curve, RATES, title="Training")
+    if shown is not None:
+        tree = f"{FIGURES}/tree.png"
+        draw_tree(
+            shown.tree,
+            shown.success,
+            shown.scores,
+            folder / tree,
+            title=f"Rollout tree at training step {shown.step}",
+            initial_rollouts=args.growth_settings.initial_rollouts if branches else args.num_generations,
+            branches_per_round=args.growth_settings.branches_per_round,
+        )
+    ModelCard.from_template(
+        card.data,
+        template_str=TEMPLATE,
+        head=head.lstrip(),
+        branches=branches,
+        tail=heading + tail,
+        leaves=args.num_generations,
+        rows=_rows(args, success_reward),
+        curve=curve,
+        tree=tree,
+        step=shown.step if shown is not None else None,
+    ).save(folder / "README.md")
+
+
+def _rows(args: GRPOConfig, success_reward: str) -> list[tuple[str, str, str]]:
+    """Name, the paper's symbol and value of every field that belongs to the method."""
+    inherited = {field.name for field in fields(GRPOConfig)}
+    names = [field.name for field in fields(args) if field.name not in inherited]
+    values = {name: getattr(args, name) for name in (*names, *SHARED_FIELDS)}
+    values["success_reward"] = success_reward
+    return [(name, SYMBOLS.get(name, ""), as_text(value)) for name, value in values.items()]
+
+
+def as_text(value: Any) -> str:
+    """`value` for a Markdown table: every character of a text that could be markup is written by its number."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return str(value)
+    text = repr(value)[1:-1] if isinstance(value, str) else repr(value)
+    return re.sub(r"[^\w ]|\b_|_\b", lambda match: f"&#{ord(match[0])};", text)
