@@ -12,6 +12,7 @@ import digits
 import numpy as np
 import pytest
 
+from trl_ibtpo import harness
 from trl_ibtpo.cli import main
 from trl_ibtpo.evaluation import Grader, estimate, pass_at_k, read_questions, summarise
 from trl_ibtpo.samples import SamplesFile
@@ -82,7 +83,7 @@ def test_a_run_goes_on_where_it_was_stopped(command, tmp_path, capsys):
     assert main(command(name="cut")) == 0
     assert (tmp_path / "cut.jsonl").read_bytes() == whole
     assert (tmp_path / "cut.json").read_text() == (tmp_path / "whole.json").read_text()
-    # Nothing is left to sample, so the model is not needed any more than the rest of the machine.
+    # Nothing is left to sample.
     assert main(command(name="cut")) == 0
     assert (tmp_path / "cut.jsonl").read_bytes() == whole
     capsys.readouterr()
@@ -126,14 +127,19 @@ def test_tasks_of_the_harness(guesser, tmp_path, capsys):
     assert main([*arguments, "--json", str(tmp_path / "resumed.json")]) == 0
     assert (tmp_path / "resumed.json").read_text() == (tmp_path / "whole.json").read_text()
 
-    capsys.readouterr()
-    for task, words in [
-        ("amc23", "no task 'amc23'. Give its questions and answers as a JSONL with --data"),
-        ("no_such_task", "has no task 'no_such_task'. Short names: math_500, aime24"),
-    ]:
-        arguments[arguments.index("--task") + 1] = task
-        assert main(arguments) == 1
-        assert words in capsys.readouterr().err.splitlines()[-1]
+    arguments[arguments.index("transformers")] = "vllm"
+    arguments[arguments.index("--samples") + 1] = str(tmp_path / "other.jsonl")
+    assert main(arguments) == 1
+    assert "Choose the engine transformers." in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_names_of_benchmarks(guesser, capsys):
+    manager = harness._task_manager(None)
+    assert set(harness.TASKS.values()) <= set(manager.all_tasks)
+    with pytest.raises(ValueError, match=r"has no task 'no_such_task' there .*Short names: math_500, aime24"):
+        harness._check_task(manager, "no_such_task")
+    assert main(["evaluate", "--model", guesser, "--task", "amc23"]) == 1
+    assert "no task 'amc23'. Give its questions and answers as a JSONL with --data" in capsys.readouterr().err
 
 
 def test_pass_at_k_is_the_share_of_draws_with_a_right_one():

@@ -102,7 +102,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.option("no_chat_template", action="store_true", help="give the question to the model as it stands")
     parser.option("samples", metavar="FILE", help="JSONL to append graded completions to; a rerun goes on from it")
     parser.option("json", metavar="FILE", help="also write the result to FILE")
-    parser.option("include_path", metavar="FOLDER", help="folder with harness tasks of your own")
+    parser.option("include_path", metavar="FOLDER", help="folder with your own tasks for the harness")
     parser.option("tensor_parallel_size", type=int, default=1, help="GPUs that share the model, with vllm")
     parser.option("gpu_memory_utilization", type=float, default=0.9, help="share of a GPU's memory for vllm")
 

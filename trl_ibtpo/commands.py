@@ -201,11 +201,11 @@ def _grow(args: argparse.Namespace, question: str) -> tuple[Any, Callable[[list[
     """One tree by the trainer's own way of growing them, and the tokenizer's decoder."""
     import torch
     from datasets import Dataset
-    from transformers import AutoTokenizer
 
     from .evaluation import Grader
     from .ibtpo_config import IBTPOConfig
     from .ibtpo_trainer import IBTPOTrainer
+    from .sampling import load_tokenizer
 
     grader = None if args.answer is None else Grader(args.answer)
 
@@ -213,7 +213,7 @@ def _grow(args: argparse.Namespace, question: str) -> tuple[Any, Callable[[list[
         texts = [each if isinstance(each, str) else each[0]["content"] for each in completions]
         return [None if grader is None else float(grader(text)) for text in texts]
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args.model)
     chat = tokenizer.chat_template is not None and not args.no_chat_template
     row = {"prompt": [{"role": "user", "content": question}] if chat else question}
     on_gpu = torch.cuda.is_available()

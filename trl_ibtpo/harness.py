@@ -7,6 +7,7 @@ own, so that every question gets that many completions and verdicts; avg@k and p
 import numbers
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def evaluate_task(
         ks: for pass@k; none above `settings.num_samples`.
         samples: JSONL to which every pass is appended; passes already there are not repeated.
         engine_arguments: passed on to the harness's model class.
-        include_path: folder with task files of your own.
+        include_path: folder with task files of your own, read instead of the harness's.
 
     Returns:
         As `evaluation.evaluate`, with the estimates of every number that the harness gives for a question. Where a
@@ -83,14 +84,16 @@ def _task_manager(include_path: str | Path | None):
         ) from error
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"`include_path` is {str(include_path)!r}, which is not a folder.")
-    return TaskManager(include_path=None if include_path is None else str(include_path))
+    if include_path is None:
+        return TaskManager()
+    return TaskManager(include_path=str(include_path), include_defaults=False)
 
 
 def _check_task(manager: Any, name: str) -> None:
     if name not in manager.all_tasks:
         raise ValueError(
-            f"lm-evaluation-harness has no task {name!r}. Short names: {', '.join(TASKS)}; `lm_eval ls tasks` lists "
-            "all; `include_path` adds your own."
+            f"lm-evaluation-harness has no task {name!r} there ({len(manager.all_tasks)} were found). Short names: "
+            f"{', '.join(TASKS)}; `lm_eval ls tasks` lists all; `include_path` is a folder with your own."
         )
     tasks = manager.load([name])["tasks"]
     kinds = {task.get_config("output_type") for task in tasks.values()}
@@ -105,7 +108,14 @@ def _load_model(settings: SamplingSettings, engine_arguments: dict[str, Any]):
     from lm_eval.api.registry import get_model
 
     if settings.engine == "vllm":
-        return get_model("vllm")(pretrained=settings.model, batch_size="auto", **engine_arguments)
+        try:
+            model_class = get_model("vllm")
+        except PackageNotFoundError as error:
+            raise ImportError(
+                "lm-evaluation-harness takes only a vLLM that is installed under the name 'vllm', which a CPU build "
+                "is not. Choose the engine transformers."
+            ) from error
+        return model_class(pretrained=settings.model, batch_size="auto", **engine_arguments)
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -87,9 +87,9 @@ def sample_with_transformers(
 ) -> Iterator[Sampled]:
     """One question at a time, all its completions in one batch."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tokenizer = load_tokenizer(settings.model)
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype="auto", device_map="auto", **engine_arguments)
     model.eval()
     stop_ids = model.generation_config.eos_token_id or tokenizer.eos_token_id
@@ -127,11 +127,23 @@ def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
     return ids[: next((position + 1 for position, token in enumerate(ids) if token in stop_ids), len(ids))]
 
 
+def load_tokenizer(model: str):
+    """The tokenizer of a model, which is small: the first to find out that there is no such model."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The tokenizer of {model!r} cannot be loaded; is it a folder or a Hub name? {error}"
+        ) from error
+
+
 def encode_prompts(settings: SamplingSettings, questions: Sequence[str | list[dict[str, str]]]) -> list[list[int]]:
     """Token ids of every question; an error where one leaves no room for `max_new_tokens`."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tokenizer = load_tokenizer(settings.model)
     chat = settings.chat_template and tokenizer.chat_template is not None
     prompt_ids = []
     for question in questions:
