@@ -11,7 +11,7 @@ DIGITS = "1234"
 
 
 def save_guesser(folder: Path) -> str:
-    """Overfit a tiny Qwen3 for a second, until it writes one of four digits and stops, whatever it is asked."""
+    """Overfit a tiny Qwen3 for a second, until it writes any of four digits and stops, whatever it is asked."""
     tokenizer = tiny.byte_level_tokenizer()
     tokenizer.chat_template = None
     model = tiny.tiny_qwen3(tokenizer)
@@ -22,7 +22,8 @@ def save_guesser(folder: Path) -> str:
     labels[:, -2:] = batch["input_ids"][:, -2:]
     batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(60):
+    for step in range(100):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 100)
         optimizer.zero_grad()
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss.backward()
         optimizer.step()
@@ -34,7 +35,7 @@ def save_guesser(folder: Path) -> str:
 def rows() -> list[dict[str, str]]:
     """50 questions whose answer is one of the four digits."""
     rng = random.Random(1)
-    return [{"question": f"What is {index} + 4? ", "answer": rng.choice(DIGITS)} for index in range(50)]
+    return [{"question": f"{index} + 4 =", "answer": rng.choice(DIGITS)} for index in range(50)]
 
 
 def write_rows(path: Path) -> str:

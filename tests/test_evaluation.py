@@ -30,7 +30,7 @@ def command(guesser, tmp_path):
     def build(*extra: str, engine="transformers", name="samples") -> list[str]:
         data = digits.write_rows(tmp_path / "data.jsonl")
         files = ["--samples", str(tmp_path / f"{name}.jsonl"), "--json", str(tmp_path / f"{name}.json")]
-        sampling = ["--temperature", "1", "--top_p", "1", "--top_k", "0", "--max_new_tokens", "4"]
+        sampling = ["--temperature", "1", "--top_k", "0", "--max_new_tokens", "4"]
         return ["evaluate", "--model", guesser, "--data", data, "--engine", engine, *sampling, *files, *extra]
 
     return build
@@ -46,6 +46,7 @@ def count_by_hand(path: Path) -> np.ndarray:
     answers = [row["answer"] for row in digits.rows()]
     lines.sort(key=lambda line: line["index"])
     assert [line["index"] for line in lines] == list(range(50))
+    assert {text for line in lines for text in line["completions"]} == set(digits.DIGITS)  # easy to compare
     return np.array(
         [[text.strip() == answer for text in line["completions"]] for line, answer in zip(lines, answers, strict=True)]
     )
@@ -59,7 +60,7 @@ def test_figures_equal_a_hand_count(command, engine, tmp_path, capsys):
     assert main(arguments) == 0
     right = count_by_hand(tmp_path / "samples.jsonl")
     assert right.shape == (50, 4)
-    assert 10 < right.sum() < 100, "the model is to be right sometimes"
+    assert right.mean() + 0.2 < right.any(axis=1).mean() < 0.9, "right sometimes, and not on the same questions"
     pairs = [[row[i] or row[j] for i, j in itertools.combinations(range(4), 2)] for row in right]
     expected = {
         "avg@4": right.sum() / 200,
@@ -108,7 +109,7 @@ def test_tasks_of_the_harness(guesser, tmp_path, capsys):
         'generation_kwargs: {until: ["\\n"]}\n'
         "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
     )
-    arguments = ["evaluate", "--model", guesser, "--engine", "transformers", "--temperature", "1", "--top_p", "1"]
+    arguments = ["evaluate", "--model", guesser, "--engine", "transformers", "--temperature", "1"]
     arguments += ["--top_k", "0", "--max_new_tokens", "4", "--k", "4", "--task", "tiny_digits"]
     arguments += ["--include_path", str(tmp_path / "tasks"), "--samples", str(tmp_path / "samples.jsonl")]
     assert main([*arguments, "--json", str(tmp_path / "whole.json")]) == 0
@@ -118,7 +119,7 @@ def test_tasks_of_the_harness(guesser, tmp_path, capsys):
         [[text == answer for text, answer in zip(line["completions"], answers, strict=True)] for line in lines]
     )
     assert right.shape == (4, 50)
-    assert 10 < right.sum() < 100
+    assert right.mean() + 0.2 < right.any(axis=0).mean() < 0.9
     expected = {"exact_match avg@4": right.mean(), "exact_match pass@4": right.any(axis=0).mean()}
     assert figures(tmp_path / "whole.json") == pytest.approx(expected, abs=1e-12)
     # Stopped in the third pass.

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from . import __version__
+from trl_ibtpo import __version__
+
 from .branching import STRATEGIES
 from .growth import GrowthSettings
 
