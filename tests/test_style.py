@@ -32,6 +32,7 @@ FLOORS = [
     {"scores", "branching", "advantages"},
     {"engines", "growth", "rewards", "packing", "metrics", "drawing", "model_card", "compat"},
     {"ibtpo_config", "ibtpo_trainer"},
+    {"samples", "sampling", "treeview", "evaluation", "harness", "doctor", "cli", "commands", "__main__"},
 ]
 
 

