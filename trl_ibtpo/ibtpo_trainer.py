@@ -254,7 +254,12 @@ class IBTPOTrainer(GRPOTrainer):
             ) as model,
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
-            yield TransformersEngine(model, self.generation_config, self._tokenizer.pad_token_id)
+            yield TransformersEngine(
+                model,
+                self.generation_config,
+                self._tokenizer.pad_token_id,
+                request_seeds=self.args.reproducible_rollouts,
+            )
 
     def _sync_vllm(self) -> None:
         """Push the weights once per optimizer step, as TRL does; sleeping weights are always pushed."""

@@ -23,20 +23,28 @@ from .base import Rollout, RolloutRequest
 class TransformersEngine:
     """Generation with transformers, for machines without vLLM.
 
-    Samples from torch's global generator, as TRL does, so a request's own seed is not used: runs repeat with the
-    trainer's seed and the same batches.
+    Samples from torch's global generator, as TRL does: runs repeat with the trainer's seed and the same batches.
 
     Args:
         model: unwrapped model, ready to generate (also a PEFT model).
         generation_config: TRL's; its stop tokens all end a rollout.
         pad_token_id: any token; padding is masked.
+        request_seeds: sample each request from its own seed instead, so that a rollout depends on its prefix and seed
+            alone, not on what else is in the batch or on how many processes share the work.
     """
 
     batched = True
     max_length = None  # transformers generates past the model's positions, as in TRL
 
-    def __init__(self, model: PreTrainedModel, generation_config: GenerationConfig, pad_token_id: int):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        generation_config: GenerationConfig,
+        pad_token_id: int,
+        request_seeds: bool = False,
+    ):
         self._model = model
+        self._request_seeds = request_seeds
         self._pad_token_id = pad_token_id
         self._warpers = _warpers(generation_config)
         # The warpers run as custom processors, so that the recorder can come after them.
@@ -72,12 +80,15 @@ class TransformersEngine:
         budgets = torch.tensor([request.max_tokens for request in requests], device=device)
         self._config.max_new_tokens = int(budgets.max())
         recorder = _SampledLogprobs()
+        processors = [*self._warpers, recorder]
+        if self._request_seeds:
+            processors.append(_SeededSampler([request.seed for request in requests], device))
         with torch.no_grad():
             sequences = self._model.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 generation_config=self._config,
-                logits_processor=LogitsProcessorList([*self._warpers, recorder]),
+                logits_processor=LogitsProcessorList(processors),
                 stopping_criteria=StoppingCriteriaList([_TokenBudgets(width, budgets)]),
                 synced_gpus=False,  # growth makes no collective call
             )
@@ -144,6 +155,18 @@ class _SampledLogprobs(LogitsProcessor):
 
     def _gather(self, token_ids: torch.LongTensor) -> None:
         self._sampled.append(self._last.gather(1, token_ids[:, None])[:, 0])
+
+
+class _SeededSampler(LogitsProcessor):
+    """Draws each row's token from the row's own generator, and leaves `generate` that token alone to choose."""
+
+    def __init__(self, seeds: Sequence[int], device: torch.device):
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        rows = torch.softmax(scores.float(), dim=-1)
+        drawn = [torch.multinomial(row, 1, generator=own) for row, own in zip(rows, self._generators, strict=True)]
+        return torch.full_like(scores, -torch.inf).scatter(1, torch.stack(drawn), 0.0)
 
 
 class _TokenBudgets(StoppingCriteria):
