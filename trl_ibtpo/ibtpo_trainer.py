@@ -25,7 +25,7 @@ from trl.models import unwrap_model_for_generation
 from . import compat
 from .advantages import ADVANTAGES, per_token
 from .engines import RolloutEngine
-from .engines.transformers import TransformersEngine
+from .engines.transformers import TransformersEngine, unsharded
 from .engines.vllm import (
     CPUVLLMGeneration,
     VLLMEngine,
@@ -116,6 +116,7 @@ class IBTPOTrainer(GRPOTrainer):
         )
         if self.use_vllm and self.vllm_mode == "colocate" and runs_on_cpu():
             self.vllm_generation = CPUVLLMGeneration.adopt(self.vllm_generation)
+        compat.refuse_sharded_growth(self._dist, args)
         self._check_process_share()
         self._success_index = self._find_success_reward()
         self._splitter = StepSplitter(self._tokenizer, args.step_delimiter)
@@ -252,7 +253,7 @@ class IBTPOTrainer(GRPOTrainer):
                 generation_kwargs=self.generation_kwargs,
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as model,
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            unsharded(self.model_wrapped, reshard_after_forward=self._reshards_after_forward),
         ):
             yield TransformersEngine(
                 model,
@@ -260,6 +261,11 @@ class IBTPOTrainer(GRPOTrainer):
                 self._tokenizer.pad_token_id,
                 request_seeds=self.args.reproducible_rollouts,
             )
+
+    @property
+    def _reshards_after_forward(self) -> bool:
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        return plugin is None or bool(plugin.reshard_after_forward)
 
     def _sync_vllm(self) -> None:
         """Push the weights once per optimizer step, as TRL does; sleeping weights are always pushed."""

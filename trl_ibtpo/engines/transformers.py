@@ -1,9 +1,11 @@
 """Rollouts with `model.generate`: every poll runs all submitted requests as one left-padded batch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -100,6 +102,29 @@ class TransformersEngine:
             length = min(stop, request.max_tokens)
             rollouts.append(Rollout(request.request_id, ids[:length], values[:length]))
         return rollouts
+
+
+@contextmanager
+def unsharded(model: torch.nn.Module, reshard_after_forward: bool = True) -> Iterator[None]:
+    """Hold the whole weights of an FSDP2 model in every process; other models are left alone.
+
+    Processes run different numbers of forward passes while their trees grow. A forward pass of a sharded model gathers
+    weights from the other processes, which would wait for it for ever.
+
+    Args:
+        model: as `accelerator.prepare` returns it.
+        reshard_after_forward: what forward passes do afterwards.
+    """
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.set_reshard_after_forward(reshard_after_forward, recurse=False)
+            module.reshard()
 
 
 # Options that return something else than one sample, or change its distribution after the log-probs are recorded.
