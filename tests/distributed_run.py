@@ -63,11 +63,11 @@ class RecordingTrainer(IBTPOTrainer):
         return super()._step_advantages(advantages, completion_ids)
 
 
-def ibtpo(model_path: str, output_dir: str, reward, **overrides) -> dict:
+def ibtpo(model_path: str, output_dir: str, reward, resume: bool = False, **overrides) -> dict:
     args = IBTPOConfig(**arguments(output_dir, **SMALL_TREE, reproducible_rollouts=True, **overrides))
     trainer = RecordingTrainer(model_path, reward, args, questions())
     trainer.seen = []
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return result(trainer, trees=trainer.seen)
 
 
@@ -79,6 +79,13 @@ def result(trainer, **extra) -> dict:
         "sleeps": len(sleeps),
         **extra,
     }
+
+
+def resumed(model_path: str, output_dir: str) -> dict:
+    """Two steps, a checkpoint, and two more in another trainer."""
+    options = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2}
+    ibtpo(model_path, output_dir, tiny.even_length, max_steps=2, **options)
+    return ibtpo(model_path, output_dir, tiny.even_length, resume=True, max_steps=4, **options)
 
 
 sleeps: list[float] = []
@@ -134,6 +141,8 @@ def scenarios(model_path: str, out: Path) -> dict:
         "twenty": lambda: ibtpo(model_path, output_dir, tiny.even_length, max_steps=20),
         "token_mean": lambda: ibtpo(model_path, output_dir, tiny.even_length, max_steps=5, loss_type="dapo"),
         "slow": lambda: ibtpo(model_path, output_dir, slow_on_one_rank_uniform_on_the_other, max_steps=3),
+        "resumed": lambda: resumed(model_path, output_dir),
+        "straight": lambda: ibtpo(model_path, output_dir, tiny.even_length, max_steps=4, lr_scheduler_type="constant"),
         **{f"grpo_{name}": lambda name=name: grpo(model_path, output_dir, name) for name in LOSS_TYPES},
         "fsdp2": lambda: fsdp2(model_path, output_dir),  # the last: it changes what the processes are
     }

@@ -17,7 +17,14 @@ from trl.distributed import DistributedBackend
 
 from trl_ibtpo import compat
 
-SCENARIOS = ("twenty", "token_mean", "slow", *(f"grpo_{name}" for name in distributed_run.LOSS_TYPES))
+SCENARIOS = (
+    "twenty",
+    "token_mean",
+    "slow",
+    "straight",
+    "resumed",
+    *(f"grpo_{name}" for name in distributed_run.LOSS_TYPES),
+)
 TOLERANCE = 1e-5
 
 
@@ -89,6 +96,14 @@ def test_tree_metrics_cover_both_processes(runs):
         assert len(logged) == 11
         assert logged == pytest.approx({name: one["log"][step][name] for name in logged}, abs=1e-4)
     assert len({entry["tree/generated_tokens"] for entry in two[0]["log"]}) > 1
+
+
+def test_resumed_processes_continue_exactly(runs):
+    (one, two), (_, straight) = runs["resumed"], runs["straight"]
+    assert [entry["loss"] for entry in two[0]["log"]] == [entry["loss"] for entry in straight[0]["log"]]
+    for name, value in straight[0]["weights"].items():
+        assert torch.equal(two[0]["weights"][name], value), name
+    assert max(differences(one, two)) < TOLERANCE
 
 
 def test_slow_rank_was_slow_and_only_one(runs):

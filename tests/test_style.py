@@ -30,7 +30,7 @@ def test_pure_floors_load_neither_torch_nor_trl(module):
 FLOORS = [
     {"steps", "tree"},
     {"scores", "branching", "advantages"},
-    {"engines", "growth", "rewards", "metrics", "drawing", "compat"},
+    {"engines", "growth", "rewards", "metrics", "drawing", "compat", "checkpoints"},
     {"ibtpo_config", "ibtpo_trainer"},
 ]
 

@@ -31,6 +31,8 @@ HOOKS: dict[str, tuple[str, ...]] = {
     "_tokenize_prompts": ("self", "prompts"),
     "_log_completion_extra": ("self", "column", "values"),
     "_log_metric": ("self", "name", "value"),
+    "_save_checkpoint": ("self", "model", "trial"),
+    "_save_rng_state": ("self", "output_dir"),
 }
 
 
