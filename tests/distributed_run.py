@@ -150,6 +150,11 @@ def scenarios(model_path: str, out: Path) -> dict:
 
 def main(model_path: str, out: str, *names: str) -> None:
     torch.set_num_threads(1)
+    # accelerate numbers the device of a CPU process, `cpu:0`, and transformers loads the optimizer's state to it, a
+    # place that `torch.load` does not know. GPUs are numbered in both.
+    torch.serialization.register_package(
+        100, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+    )
     for name in names:
         outcome = scenarios(model_path, Path(out))[name]()
         weights = outcome.pop("weights")

@@ -130,6 +130,7 @@ class IBTPOTrainer(GRPOTrainer):
         """As in TRL, except that `resume_from_checkpoint=True` is the last checkpoint that was written to the end."""
         self.accelerator.print(self._describe())
         if resume_from_checkpoint:
+            self.accelerator.wait_for_everyone()  # the main process may still be writing that of a run just ended
             resume_from_checkpoint = checkpoints.to_resume_from(resume_from_checkpoint, self.args.output_dir)
             chosen = gather_object([resume_from_checkpoint])
             if len(set(chosen)) > 1:
