@@ -1,6 +1,7 @@
 """Rollouts with transformers: their log-probabilities are those of a plain forward pass on each rollout alone."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -52,9 +53,9 @@ def requests_of(prefixes, max_tokens) -> list[RolloutRequest]:
     ]
 
 
-def rollouts_of(model, config, prefixes, max_tokens, seed=0):
+def rollouts_of(model, config, prefixes, max_tokens, seed=0, request_seeds=False):
     torch.manual_seed(seed)
-    engine = TransformersEngine(model, config, PAD)
+    engine = TransformersEngine(model, config, PAD, request_seeds=request_seeds)
     requests = requests_of(prefixes, max_tokens)
     engine.submit(requests[:2])
     engine.submit(requests[2:])
@@ -183,10 +184,12 @@ def test_defaults_of_the_checkpoint_do_not_change_the_distribution(model, monkey
     assert rollouts_of(model, config, PREFIXES, 12) == expected
 
 
-def test_samples_follow_the_distribution(model):
+@pytest.mark.parametrize("request_seeds", [False, True])
+def test_samples_follow_the_distribution(model, request_seeds):
     """The first token of many rollouts, against its probability: 400 draws, so the error is about .025."""
     config = generation_config(temperature=2.0, top_k=4)
-    first = [rollout.token_ids[0] for rollout in rollouts_of(model, config, [[70, 71, 72]] * 400, 1)]
+    rollouts = rollouts_of(model, config, [[70, 71, 72]] * 400, 1, request_seeds=request_seeds)
+    first = [rollout.token_ids[0] for rollout in rollouts]
     assert len(set(first)) == 4
     for token_id in set(first):
         probability = math.exp(expected_logprobs(model, [70, 71, 72], [token_id], temperature=2.0, top_k=4)[0])
@@ -200,6 +203,21 @@ def test_rollouts_repeat_with_the_global_seed_and_leave_the_config_alone(model):
     assert first == rollouts_of(model, config, PREFIXES, 12)
     assert first != rollouts_of(model, config, PREFIXES, 12, seed=1)
     assert config.to_dict() == before
+
+
+def test_seeded_rollouts_depend_on_prefix_and_seed_alone(model):
+    """The same rollouts in one batch, alone, and whatever state torch's own generator is in."""
+    config = generation_config(temperature=0.7, top_k=20, top_p=0.95)
+    together = rollouts_of(model, config, PREFIXES, 12, request_seeds=True)
+    engine = TransformersEngine(model, config, PAD, request_seeds=True)
+    for request, rollout in zip(requests_of(PREFIXES, 12), together, strict=True):
+        torch.manual_seed(1)
+        engine.submit([request])
+        (alone,) = engine.poll()
+        assert alone.token_ids == rollout.token_ids
+        assert alone.logprobs == pytest.approx(rollout.logprobs, abs=1e-4)
+    engine.submit([replace(request, seed=99) for request in requests_of(PREFIXES, 12)])
+    assert [rollout.token_ids for rollout in engine.poll()] != [rollout.token_ids for rollout in together]
 
 
 def test_a_branch_continues_under_the_logprobs_of_its_first_sampling(model):

@@ -9,6 +9,7 @@ from typing import Any
 from packaging.version import Version
 from transformers.utils import logging
 from trl import GRPOConfig
+from trl.distributed import DistributedBackend
 
 logger = logging.get_logger(__name__)
 
@@ -51,6 +52,8 @@ HOOKS: dict[str, tuple[str, ...]] = {
     "_tokenize_prompts": ("self", "prompts"),
     "_log_completion_extra": ("self", "column", "values"),
     "_log_metric": ("self", "name", "value"),
+    "_save_checkpoint": ("self", "model", "trial"),
+    "_save_rng_state": ("self", "output_dir"),
 }
 
 
@@ -136,3 +139,20 @@ def refuse_unsupported(args: GRPOConfig, train_dataset: Any, kwargs: dict[str, A
         )
     if columns is not None and {"image", "images"} & set(columns):
         raise ValueError(NO_IMAGES)
+
+
+def refuse_sharded_growth(backend: DistributedBackend, args: GRPOConfig) -> None:
+    """Refuse sharding in which a forward pass waits for other processes, since each grows trees at its own pace."""
+    if args.use_vllm:
+        return
+    if backend.fsdp_version == 1:
+        raise ValueError(
+            "FSDP 1 cannot generate with transformers here: each process grows its own trees, and a forward pass of "
+            "one would wait for the others. Set `fsdp_version: 2` in the accelerate config, or `use_vllm=True`."
+        )
+    if backend.is_zero3 and not args.ds3_gather_for_generation:
+        raise ValueError(
+            "`ds3_gather_for_generation` is False, which cannot generate with transformers under ZeRO-3 here: each "
+            "process grows its own trees, and a forward pass of one would wait for the others. Set it to True (the "
+            "weights are gathered while trees grow), or `use_vllm=True`."
+        )

@@ -49,8 +49,9 @@ class IBTPOConfig(GRPOConfig):
             chosen when all earlier rollouts are sampled and scored. A larger number keeps the engine fuller and
             chooses with what is known so far; see docs/performance.md for what that costs.
         reproducible_rollouts (`bool`, *optional*, defaults to `False`):
-            Whether vLLM samples every rollout from a seed of its own, so that the same seed and data grow the same
-            trees whatever else the engine is doing. Costs throughput: see docs/performance.md.
+            Whether every rollout is sampled from a seed of its own, so that the same seed and data grow the same trees
+            whatever else the engine is doing and however many processes share the work. Costs throughput: see
+            docs/performance.md.
         ib_beta (`float`, *optional*, defaults to `5.0`):
             Weight of the information about the answer in the IB-Score. The paper's \( \beta \); `beta` remains the
             KL coefficient.
@@ -195,8 +196,8 @@ class IBTPOConfig(GRPOConfig):
     reproducible_rollouts: bool = field(
         default=False,
         metadata={
-            "help": "Whether vLLM samples every rollout from a seed of its own, so that the same seed and data grow "
-            "the same trees whatever else the engine is doing. Costs throughput."
+            "help": "Whether every rollout is sampled from a seed of its own, so that the same seed and data grow the "
+            "same trees whatever else the engine is doing and however many processes share the work. Costs throughput."
         },
     )
     ib_beta: float = field(

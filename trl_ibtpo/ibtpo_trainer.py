@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from accelerate.utils import gather_object, is_peft_model
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.chat_template_utils import parse_response
 from trl.data_utils import is_conversational
@@ -22,10 +24,10 @@ from trl.extras.profiling import profiling_context
 from trl.generation.vllm_client import VLLMClient
 from trl.models import unwrap_model_for_generation
 
-from . import compat
+from . import checkpoints, compat
 from .advantages import ADVANTAGES, per_token
 from .engines import RolloutEngine
-from .engines.transformers import TransformersEngine
+from .engines.transformers import TransformersEngine, unsharded
 from .engines.vllm import (
     CPUVLLMGeneration,
     VLLMEngine,
@@ -124,6 +126,7 @@ class IBTPOTrainer(GRPOTrainer):
         )
         if self.use_vllm and self.vllm_mode == "colocate" and runs_on_cpu():
             self.vllm_generation = CPUVLLMGeneration.adopt(self.vllm_generation)
+        compat.refuse_sharded_growth(self._dist, args)
         self._check_process_share()
         self._packed_forward, self._packed_reason = self._choose_forward()
         self._success_index = self._find_success_reward()
@@ -133,9 +136,19 @@ class IBTPOTrainer(GRPOTrainer):
         self._scorer: RewardScorer | None = None
         self._shown_tree: GrownTree | None = None  # one of the last generation batch, for the model card
 
-    def train(self, *args: Any, **kwargs: Any):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        """As in TRL, except that `resume_from_checkpoint=True` is the last checkpoint that was written to the end."""
         self.accelerator.print(self._describe())
-        return super().train(*args, **kwargs)
+        if resume_from_checkpoint:
+            self.accelerator.wait_for_everyone()  # the main process may still be writing that of a run just ended
+            resume_from_checkpoint = checkpoints.to_resume_from(resume_from_checkpoint, self.args.output_dir)
+            chosen = gather_object([resume_from_checkpoint])
+            if len(set(chosen)) > 1:
+                raise ValueError(
+                    f"Processes found different last checkpoints in `output_dir`: {', '.join(sorted(set(chosen)))}. "
+                    "Give the path of one that every node has as `resume_from_checkpoint`."
+                )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def grow_trees(self, rows: list[dict[str, Any]]) -> list[TreeGrower]:
         """Grow one tree per dataset row with the current policy, as a training step would, without training on it.
@@ -284,6 +297,25 @@ class IBTPOTrainer(GRPOTrainer):
             raise ValueError(f"`packed_forward` is True, but {reason}. Leave it out to use TRL's forward here.")
         return False, reason
 
+    # ----- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            checkpoints.begin(folder)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            raise checkpoints.CheckpointError(checkpoints.describe_failure(folder, error)) from error
+
+    def _save_rng_state(self, output_dir):
+        # The last file of every process; the main one goes on to write the trainer's state and to rotate checkpoints.
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.write_manifest(Path(output_dir))
+
     # ----- growth ----------------------------------------------------------------------------------------------------
 
     def _grow(
@@ -348,9 +380,19 @@ class IBTPOTrainer(GRPOTrainer):
                 generation_kwargs=self.generation_kwargs,
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as model,
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            unsharded(self.model_wrapped, reshard_after_forward=self._reshards_after_forward),
         ):
-            yield TransformersEngine(model, self.generation_config, self._tokenizer.pad_token_id)
+            yield TransformersEngine(
+                model,
+                self.generation_config,
+                self._tokenizer.pad_token_id,
+                request_seeds=self.args.reproducible_rollouts,
+            )
+
+    @property
+    def _reshards_after_forward(self) -> bool:
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        return plugin is None or bool(plugin.reshard_after_forward)
 
     def _sync_vllm(self) -> None:
         """Push the weights once per optimizer step, as TRL does; sleeping weights are always pushed."""

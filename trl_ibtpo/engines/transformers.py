@@ -1,9 +1,11 @@
 """Rollouts with `model.generate`: every poll runs all submitted requests as one left-padded batch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -23,20 +25,28 @@ from .base import Rollout, RolloutRequest
 class TransformersEngine:
     """Generation with transformers, for machines without vLLM.
 
-    Samples from torch's global generator, as TRL does, so a request's own seed is not used: runs repeat with the
-    trainer's seed and the same batches.
+    Samples from torch's global generator, as TRL does: runs repeat with the trainer's seed and the same batches.
 
     Args:
         model: unwrapped model, ready to generate (also a PEFT model).
         generation_config: TRL's; its stop tokens all end a rollout.
         pad_token_id: any token; padding is masked.
+        request_seeds: sample each request from its own seed instead, so that a rollout depends on its prefix and seed
+            alone, not on what else is in the batch or on how many processes share the work.
     """
 
     batched = True
     max_length = None  # transformers generates past the model's positions, as in TRL
 
-    def __init__(self, model: PreTrainedModel, generation_config: GenerationConfig, pad_token_id: int):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        generation_config: GenerationConfig,
+        pad_token_id: int,
+        request_seeds: bool = False,
+    ):
         self._model = model
+        self._request_seeds = request_seeds
         self._pad_token_id = pad_token_id
         self._warpers = _warpers(generation_config)
         # The warpers run as custom processors, so that the recorder can come after them.
@@ -75,12 +85,15 @@ class TransformersEngine:
         budgets = torch.tensor([request.max_tokens for request in requests], device=device)
         self._config.max_new_tokens = int(budgets.max())
         recorder = _SampledLogprobs()
+        processors = [*self._warpers, recorder]
+        if self._request_seeds:
+            processors.append(_SeededSampler([request.seed for request in requests], device))
         with torch.no_grad():
             sequences = self._model.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 generation_config=self._config,
-                logits_processor=LogitsProcessorList([*self._warpers, recorder]),
+                logits_processor=LogitsProcessorList(processors),
                 stopping_criteria=StoppingCriteriaList([_TokenBudgets(width, budgets)]),
                 synced_gpus=False,  # growth makes no collective call
             )
@@ -92,6 +105,29 @@ class TransformersEngine:
             length = min(stop, request.max_tokens)
             rollouts.append(Rollout(request.request_id, ids[:length], values[:length]))
         return rollouts
+
+
+@contextmanager
+def unsharded(model: torch.nn.Module, reshard_after_forward: bool = True) -> Iterator[None]:
+    """Hold the whole weights of an FSDP2 model in every process; other models are left alone.
+
+    Processes run different numbers of forward passes while their trees grow. A forward pass of a sharded model gathers
+    weights from the other processes, which would wait for it for ever.
+
+    Args:
+        model: as `accelerator.prepare` returns it.
+        reshard_after_forward: what forward passes do afterwards.
+    """
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.set_reshard_after_forward(reshard_after_forward, recurse=False)
+            module.reshard()
 
 
 # Options that return something else than one sample, or change its distribution after the log-probs are recorded.
@@ -147,6 +183,18 @@ class _SampledLogprobs(LogitsProcessor):
 
     def _gather(self, token_ids: torch.LongTensor) -> None:
         self._sampled.append(self._last.gather(1, token_ids[:, None])[:, 0])
+
+
+class _SeededSampler(LogitsProcessor):
+    """Draws each row's token from the row's own generator, and leaves `generate` that token alone to choose."""
+
+    def __init__(self, seeds: Sequence[int], device: torch.device):
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        rows = torch.softmax(scores.float(), dim=-1)
+        drawn = [torch.multinomial(row, 1, generator=own) for row, own in zip(rows, self._generators, strict=True)]
+        return torch.full_like(scores, -torch.inf).scatter(1, torch.stack(drawn), 0.0)
 
 
 class _TokenBudgets(StoppingCriteria):
