@@ -273,18 +273,6 @@ def test_room():
         check_room(256, 32, 256)
 
 
-UNSUPPORTED = {
-    "tensor parallel": ({"vllm_tensor_parallel_size": 2}, "`vllm_tensor_parallel_size` is 2, which is not supported"),
-    "structured outputs": ({"vllm_structured_outputs_regex": "a+"}, "Structured outputs .* are not supported"),
-}
-
-
-@pytest.mark.parametrize("overrides, message", UNSUPPORTED.values(), ids=UNSUPPORTED)
-def test_unsupported(tmp_path, model_path, overrides, message):
-    with pytest.raises(ValueError, match=message):
-        IBTPOTrainer(model_path, tiny.even_length, vllm_arguments(tmp_path, **overrides), tiny.questions())
-
-
 @pytest.mark.parametrize("peft_config", [None, LoraConfig(r=8, target_modules="all-linear")], ids=["full", "lora"])
 def test_tied_embeddings(tmp_path, peft_config):
     """Last in this file: an engine that ends takes vLLM's process group with it, the shared engine's too."""
