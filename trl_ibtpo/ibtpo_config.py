@@ -65,8 +65,10 @@ class IBTPOConfig(GRPOConfig):
             first reward function. Advantages use the full weighted reward.
         reward_timeout (`float`, *optional*):
             Seconds that one call of a reward function may take; a call scores the completions that finished together.
-            What is not scored in time counts as `None`, in the metric `rewards/{name}/timeouts` and in a warning.
-            Reward models are not limited. `None` waits as long as it takes.
+            What is not scored in time counts as `None`, in the metric `rewards/{name}/timeouts` and in a warning; in
+            evaluation too. Synchronous functions are interrupted wherever they are (in the main thread, see
+            `time_limit.call_within`), asynchronous ones where they await. Reward models are not limited. `None` waits
+            as long as it takes.
 
         > Parameters that turn the tree into advantages
 
