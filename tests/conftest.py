@@ -28,3 +28,15 @@ def config(tmp_path):
         return IBTPOConfig(**{"output_dir": str(tmp_path / "out"), **tiny.FAST, **overrides})
 
     return build
+
+
+@pytest.fixture(scope="module")
+def event_loop():
+    """An event loop in a thread of its own, as TRL runs asynchronous reward functions."""
+    from trl.trainer.utils import shutdown_event_loop_in_daemon, start_event_loop_in_daemon
+
+    thread, loop, ready = start_event_loop_in_daemon()
+    ready.wait()
+    yield loop
+    shutdown_event_loop_in_daemon(thread, loop)
+    loop.close()

@@ -11,7 +11,6 @@ import pytest
 import tiny
 import torch
 from transformers import Qwen3Config, Qwen3ForSequenceClassification
-from trl.trainer.utils import start_event_loop_in_daemon
 
 from trl_ibtpo.rewards import RewardFunctionError, RewardScorer
 
@@ -21,16 +20,6 @@ INPUTS = [
     for tree in range(2)
     for _ in range(GROUP)
 ]
-
-
-@pytest.fixture(scope="module")
-def event_loop():
-    thread, loop, ready = start_event_loop_in_daemon()
-    ready.wait()
-    yield loop
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(5)
-    loop.close()
 
 
 def decode(completion_ids: list[list[int]], rows: list[int]) -> list[str]:
@@ -447,7 +436,7 @@ def test_a_function_that_returns_something_else(returned, message):
         make_scorer(reward).submit([leaf(0, 0), leaf(0, 1)])
 
 
-@pytest.mark.parametrize("value", [1.5, -0.01, math.inf])
+@pytest.mark.parametrize("value", [1.5, -0.01])
 def test_success_outside_the_unit_interval(value):
     def length(completions, **kwargs):
         return [0.5, value]

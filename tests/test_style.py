@@ -28,7 +28,7 @@ def test_pure_floors_load_neither_torch_nor_trl(module):
 
 # A file may import from its own floor and those below it.
 FLOORS = [
-    {"steps", "tree"},
+    {"steps", "tree", "time_limit"},
     {"scores", "branching", "advantages"},
     {"engines", "growth", "rewards", "packing", "metrics", "drawing", "model_card", "compat", "checkpoints"},
     {"ibtpo_config", "ibtpo_trainer"},

@@ -1,8 +1,10 @@
 """Trees inside the real vLLM engine, colocated, on a CPU."""
 
+import asyncio
 import os
 import random
 import socket
+from collections import Counter
 
 os.environ["VLLM_CPU_CI_ENV"] = "1"  # a quick start rather than fast steps
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
@@ -195,6 +197,30 @@ def test_failing_reward_leaves_the_engine_empty(untied):
     assert len(untied.grow_trees(list(tiny.questions())[:1])[0].tree.leaves) == 12
 
 
+def test_trees_grow_on_while_an_async_function_scores_another(untied, event_loop):
+    """One prompt's first call is held back until another prompt's tree is complete: a barrier would never end."""
+    held, scored, complete = [], Counter(), asyncio.Event()
+
+    async def judge(prompts, completions, **kwargs):
+        if not held and len(set(prompts)) == 1:
+            held.append(prompts[0])
+            await asyncio.wait_for(complete.wait(), 60)
+        scored.update(prompts)
+        if any(count == 12 for prompt, count in scored.items() if prompt not in held):
+            complete.set()
+        return tiny.even_length(completions)
+
+    working = untied.reward_funcs
+    untied.reward_funcs, untied.async_loop = [judge], event_loop
+    try:
+        rows = [{"prompt": "What is 3 + 4?"}, {"prompt": "What is 5 + 1?"}]
+        growers = untied.grow_trees(rows)
+    finally:
+        untied.reward_funcs, untied.async_loop = working, None
+    assert len(held) == 1 and complete.is_set()
+    assert [len(grower.tree.leaves) for grower in growers] == [12, 12] and set(scored.values()) == {12}
+
+
 def test_interrupt_leaves_the_engine_empty(untied):
     class Interrupted(EvenTokens):
         def submit(self, leaves):
@@ -245,18 +271,6 @@ def test_room():
     assert check_room(250, 32, 256) == 6
     with pytest.raises(ValueError, match="Set `vllm_max_model_length` to at least 288"):
         check_room(256, 32, 256)
-
-
-UNSUPPORTED = {
-    "tensor parallel": ({"vllm_tensor_parallel_size": 2}, "`vllm_tensor_parallel_size` is 2, which is not supported"),
-    "structured outputs": ({"vllm_structured_outputs_regex": "a+"}, "Structured outputs .* are not supported"),
-}
-
-
-@pytest.mark.parametrize("overrides, message", UNSUPPORTED.values(), ids=UNSUPPORTED)
-def test_unsupported(tmp_path, model_path, overrides, message):
-    with pytest.raises(ValueError, match=message):
-        IBTPOTrainer(model_path, tiny.even_length, vllm_arguments(tmp_path, **overrides), tiny.questions())
 
 
 @pytest.mark.parametrize("peft_config", [None, LoraConfig(r=8, target_modules="all-linear")], ids=["full", "lora"])

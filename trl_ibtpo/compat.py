@@ -4,9 +4,11 @@ The hooks are methods of `GRPOTrainer` that are not public API; setup.cfg pins t
 """
 
 import inspect
+import os
 from typing import Any
 
 from packaging.version import Version
+from torch import nn
 from transformers.utils import logging
 from trl import GRPOConfig
 from trl.distributed import DistributedBackend
@@ -102,7 +104,9 @@ NO_IMAGES = (
 )
 
 
-def refuse_unsupported(args: GRPOConfig, train_dataset: Any, kwargs: dict[str, Any]) -> None:
+def refuse_unsupported(
+    model: Any, reward_funcs: Any, args: GRPOConfig, train_dataset: Any, processing_class: Any, kwargs: dict[str, Any]
+) -> None:
     """Say before anything is loaded what cannot work, and what to do instead."""
     for name in ("tools", "environment_factory", "rollout_func"):
         if kwargs.get(name):
@@ -115,23 +119,89 @@ def refuse_unsupported(args: GRPOConfig, train_dataset: Any, kwargs: dict[str, A
             "`use_transformers_continuous_batching` is not supported: it cannot give each rollout its own token "
             "budget. Leave it off, or set `use_vllm=True`."
         )
+    _check_model(model, args, processing_class, kwargs)
+    _check_reward_funcs(reward_funcs)
+    _check_dataset(train_dataset, args)
     if args.use_vllm:
+        _check_vllm_arguments(args)
         check_vllm()
-        if args.vllm_tensor_parallel_size > 1:
+
+
+def _check_vllm_arguments(args: GRPOConfig) -> None:
+    if args.vllm_tensor_parallel_size > 1:
+        raise ValueError(
+            f"`vllm_tensor_parallel_size` is {args.vllm_tensor_parallel_size}, which is not supported: the "
+            "processes of a group would have to grow the same trees in step. Use 1 (each GPU has its own engine), "
+            "or `vllm_mode='server'` with a server that is itself tensor-parallel."
+        )
+    generation_kwargs = args.generation_kwargs or {}
+    if args.vllm_structured_outputs_regex is not None or "structured_outputs" in generation_kwargs:
+        raise ValueError(
+            "Structured outputs (`vllm_structured_outputs_regex`) are not supported: a branch would match the "
+            "pattern from its own start, not from that of the completion. Leave it out, or train with TRL's "
+            "GRPOTrainer."
+        )
+    for name in ("n", "logprobs", "max_tokens", "seed"):
+        if name in generation_kwargs:
             raise ValueError(
-                f"`vllm_tensor_parallel_size` is {args.vllm_tensor_parallel_size}, which is not supported: the "
-                "processes of a group would have to grow the same trees in step. Use 1 (each GPU has its own engine), "
-                "or `vllm_mode='server'` with a server that is itself tensor-parallel."
+                f"`generation_kwargs` sets `{name}` to {generation_kwargs[name]!r}, but a tree sets it for each of "
+                "its rollouts. Leave it out; `max_completion_length` and `seed` are fields of their own."
             )
-        if args.vllm_structured_outputs_regex is not None or "structured_outputs" in (args.generation_kwargs or {}):
+
+
+def _check_model(model: Any, args: GRPOConfig, processing_class: Any, kwargs: dict[str, Any]) -> None:
+    if isinstance(model, str):
+        _check_path("model", model)
+    elif not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`model` is {model!r}; give the name of a model on the Hub, the path of its folder, or a loaded model, "
+            "for example 'Qwen/Qwen3-1.7B-Base'."
+        )
+    elif not model.config._name_or_path:
+        # TRL loads what is missing by the name of the model.
+        if processing_class is None:
             raise ValueError(
-                "Structured outputs (`vllm_structured_outputs_regex`) are not supported: a branch would match the "
-                "pattern from its own start, not from that of the completion. Leave it out, or train with TRL's "
-                "GRPOTrainer."
+                f"`model` is a {type(model).__name__} that was not loaded from a folder or the Hub, so its tokenizer "
+                "is not known. Give it as `processing_class`."
             )
-    if train_dataset is None:
+        if args.beta != 0 and kwargs.get("peft_config") is None and not hasattr(model, "peft_config"):
+            raise ValueError(
+                f"`beta` is {args.beta}, which needs a reference model, but `model` is a {type(model).__name__} that "
+                "was not loaded from a folder or the Hub, so there is nothing to load it from. Save the model and "
+                "give its path, or set `beta=0.0`."
+            )
+
+
+def _check_path(name: str, value: str) -> None:
+    """Of what can only be a path, the Hub's client says that it is a malformed name."""
+    if (value.startswith(("/", ".", "~")) or value.count("/") > 1) and not os.path.isdir(value):
+        raise FileNotFoundError(
+            f"`{name}` names {value!r}, which is no folder here (from {os.getcwd()!r}). Give a folder with a saved "
+            "model, or a name on the Hub, for example 'Qwen/Qwen3-1.7B-Base'."
+        )
+
+
+def _check_reward_funcs(reward_funcs: Any) -> None:
+    reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    if reward_funcs in ([], [None]):
+        raise ValueError(
+            "`reward_funcs` is empty, but trees branch and learn by rewards. Give a function that returns one number "
+            "per completion, for example `trl.rewards.accuracy_reward`, or a list of several."
+        )
+    for reward_func in reward_funcs:
+        if isinstance(reward_func, str):
+            _check_path("reward_funcs", reward_func)
+        elif not callable(reward_func):
+            raise TypeError(
+                f"`reward_funcs` holds {reward_func!r}, which cannot be called. Give a function, a model, the name of "
+                "a sequence-classification model, or a list of these."
+            )
+
+
+def _check_dataset(dataset: Any, args: GRPOConfig) -> None:
+    if dataset is None:
         raise ValueError("`train_dataset` is required; it must have a column 'prompt'.")
-    columns = getattr(train_dataset, "column_names", None)
+    columns = getattr(dataset, "column_names", None)
     if columns is not None and "prompt" not in columns:
         raise ValueError(
             f"`train_dataset` has no column 'prompt' (it has: {', '.join(map(str, columns)) or 'none'}). Rename the "
@@ -139,6 +209,71 @@ def refuse_unsupported(args: GRPOConfig, train_dataset: Any, kwargs: dict[str, A
         )
     if columns is not None and {"image", "images"} & set(columns):
         raise ValueError(NO_IMAGES)
+    # TRL drops an incomplete batch, and so would end at once without a word.
+    prompts = args.generation_batch_size // args.num_generations
+    if hasattr(dataset, "__len__") and len(dataset) < prompts:
+        raise ValueError(
+            f"`train_dataset` has {len(dataset)} rows, but {prompts} prompts are generated for at a time "
+            f"(`generation_batch_size` {args.generation_batch_size} / {args.num_generations} trajectories), so that "
+            "no batch could be filled. Give more rows, or lower `per_device_train_batch_size` or "
+            "`steps_per_generation`."
+        )
+
+
+def check_rows(rows: list[dict[str, Any]]) -> None:
+    """Raise where a row has no prompt that can be continued; streamed rows are seen here first."""
+    for row in rows:
+        if {"image", "images"} & row.keys():
+            raise ValueError(NO_IMAGES)
+        prompt = row.get("prompt")
+        if isinstance(prompt, str):
+            continue
+        if not (prompt and isinstance(prompt, list) and all(_is_message(message) for message in prompt)):
+            raise ValueError(
+                f"The column 'prompt' of `train_dataset` holds {prompt!r}; a prompt must be text or a list of "
+                "messages, for example 'What is 3 + 4?' or [{'role': 'user', 'content': 'What is 3 + 4?'}]."
+            )
+        parts = [part for message in prompt if isinstance(message["content"], list) for part in message["content"]]
+        if any(part.get("type") == "image" for part in parts):
+            raise ValueError(NO_IMAGES)
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and {"role", "content"} <= message.keys()
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise where a tokenizer cannot end a completion."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "The tokenizer's `eos_token` is None, so that no completion could end. Set it to the token that ends a "
+            "text, for example `tokenizer.eos_token = '<|endoftext|>'`, and give the tokenizer as `processing_class`."
+        )
+
+
+def check_prompt(token_ids: list[int], model: nn.Module) -> None:
+    """Raise where a prompt cannot be fed to `model`."""
+    if not token_ids:
+        raise ValueError(
+            "A 'prompt' of `train_dataset` is empty: it has no token to continue. Drop such rows, for example "
+            "`dataset.filter(lambda row: row['prompt'])`."
+        )
+    embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if embeddings is not None and max(token_ids) >= embeddings:
+        raise ValueError(
+            f"A prompt holds the token id {max(token_ids)}, but the model has embeddings for {embeddings} tokens. "
+            "Give the model's own tokenizer as `processing_class`."
+        )
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    # Where rotary embeddings are scaled, the configuration may still hold the length before scaling.
+    scaled = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
+    if positions is not None and not scaled and len(token_ids) >= positions:
+        raise ValueError(
+            f"A prompt has {len(token_ids)} tokens, which leaves no room for a completion: `max_position_embeddings` "
+            f"of the model is {positions}. Drop rows with prompts of {positions} tokens or more from `train_dataset`, "
+            "or use a model with a longer context."
+        )
 
 
 def refuse_sharded_growth(backend: DistributedBackend, args: GRPOConfig) -> None:

@@ -1,7 +1,9 @@
 """What a user sets: `GRPOConfig` and the tree."""
 
 from dataclasses import dataclass, field
-from math import lcm
+from math import isfinite, lcm
+from numbers import Real
+from typing import Any
 
 from trl import GRPOConfig
 
@@ -62,6 +64,12 @@ class IBTPOConfig(GRPOConfig):
         success_reward (`str`, *optional*):
             Name of the reward function whose value, in [0, 1], says whether a completion is right. Defaults to the
             first reward function. Advantages use the full weighted reward.
+        reward_timeout (`float`, *optional*):
+            Seconds that one call of a reward function may take; a call scores the completions that finished together.
+            What is not scored in time counts as `None`, in the metric `rewards/{name}/timeouts` and in a warning; in
+            evaluation too. Synchronous functions are interrupted wherever they are (in the main thread, see
+            `time_limit.call_within`), asynchronous ones where they await. Reward models are not limited. `None` waits
+            as long as it takes.
 
         > Parameters that turn the tree into advantages
 
@@ -222,6 +230,13 @@ class IBTPOConfig(GRPOConfig):
             "`None`, the first reward function."
         },
     )
+    reward_timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds that one call of a reward function may take; what is not scored in time counts as None. "
+            "Reward models are not limited. If `None`, there is no limit."
+        },
+    )
 
     # Parameters that turn the tree into advantages
     advantage: str = field(
@@ -255,7 +270,7 @@ class IBTPOConfig(GRPOConfig):
         group = self.growth_settings.leaves
         if self.num_generations not in (None, group):
             raise ValueError(
-                f"`num_generations` is {self.num_generations}, but the tree has {group} trajectories: "
+                f"`num_generations` is {self.num_generations!r}, but the tree has {group} trajectories: "
                 f"tree_initial_rollouts + (tree_levels - 1) * tree_nodes_per_level * tree_branches_per_node = "
                 f"{self.tree_initial_rollouts} + ({self.tree_levels} - 1) * {self.tree_nodes_per_level} * "
                 f"{self.tree_branches_per_node} = {group}. Leave `num_generations` out, or change the tree."
@@ -287,10 +302,9 @@ class IBTPOConfig(GRPOConfig):
 
     def _check_tree(self) -> None:
         for name in ("tree_initial_rollouts", "tree_levels", "tree_nodes_per_level", "tree_branches_per_node"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` is {value!r}; it must be a whole number of at least 1.")
-        if not isinstance(self.branch_lookahead, int) or self.branch_lookahead < 0:
+            if not _is_whole(getattr(self, name), 1):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be a whole number of at least 1.")
+        if not _is_whole(self.branch_lookahead, 0):
             raise ValueError(
                 f"`branch_lookahead` is {self.branch_lookahead!r}; it must be a whole number from 0 (the paper)."
             )
@@ -299,15 +313,32 @@ class IBTPOConfig(GRPOConfig):
                 f"The tree has one trajectory (`tree_initial_rollouts` is {self.tree_initial_rollouts}, `tree_levels` "
                 f"is {self.tree_levels}), but advantages compare at least 2. Raise one of them."
             )
-        if not isinstance(self.max_completion_length, int) or self.max_completion_length < 1:
+        if not _is_whole(self.max_completion_length, 1):
             raise ValueError(
                 f"`max_completion_length` is {self.max_completion_length!r}; it must be a whole number of at least 1: "
                 "a branch may use what its prefix left of it."
             )
-        if self.ib_beta <= 0:
-            raise ValueError(f"`ib_beta` is {self.ib_beta}; it must be positive (the paper uses 5).")
+        if not (_is_number(self.temperature) and self.temperature > 0):
+            raise ValueError(
+                f"`temperature` is {self.temperature!r}; it must be positive (the paper uses 0.7), or all rollouts "
+                "from a step would be the same."
+            )
+        if not (_is_number(self.ib_beta) and self.ib_beta > 0):
+            raise ValueError(f"`ib_beta` is {self.ib_beta!r}; it must be positive (the paper uses 5).")
+        if not _is_number(self.ib_coef):
+            raise ValueError(f"`ib_coef` is {self.ib_coef!r}; it must be a number (the paper uses 0.1).")
+        if self.reward_timeout is not None and not (_is_number(self.reward_timeout) and self.reward_timeout > 0):
+            raise ValueError(
+                f"`reward_timeout` is {self.reward_timeout!r}; it must be a positive number of seconds, for example "
+                "30, or None for no limit."
+            )
         if not self.step_delimiter:
             raise ValueError("`step_delimiter` is empty; give the text that ends a step, for example '\\n\\n'.")
+        if not isinstance(self.step_delimiter, str):
+            raise ValueError(
+                f"`step_delimiter` is {self.step_delimiter!r}; it must be the text that ends a step, for example "
+                "'\\n\\n'."
+            )
         for name, choices in (
             ("branching", list(STRATEGIES)),
             ("advantage", list(ADVANTAGES)),
@@ -319,6 +350,9 @@ class IBTPOConfig(GRPOConfig):
 
     def _check_whole_trees(self) -> None:
         """Trees never span processes, so each process must generate whole trees."""
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if not _is_whole(getattr(self, name), 1):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be a whole number of at least 1.")
         group = self.num_generations
         if self.generation_batch_size is not None:
             # How many processes share it is known only later; the trainer checks the share of each.
@@ -345,3 +379,11 @@ class IBTPOConfig(GRPOConfig):
                 f"`{steps_name}` = {numbers}, ... with `per_device_train_batch_size` = "
                 f"{self.per_device_train_batch_size}."
             )
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)

@@ -5,7 +5,7 @@ everything else, and copies none of TRL's methods.
 """
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -109,12 +109,14 @@ class IBTPOTrainer(GRPOTrainer):
         **kwargs: Any,
     ):
         if args is None:
-            model_name = model if isinstance(model, str) else model.config._name_or_path
+            model_name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
             args = IBTPOConfig(f"{model_name.split('/')[-1]}-IBTPO")
         if not isinstance(args, IBTPOConfig):
-            raise TypeError(f"`args` is a {type(args).__name__}; IBTPOTrainer needs an IBTPOConfig.")
+            raise TypeError(
+                f"`args` is a {type(args).__name__}; IBTPOTrainer needs an IBTPOConfig, which takes the same fields."
+            )
         compat.check_hooks(GRPOTrainer)
-        compat.refuse_unsupported(args, train_dataset, kwargs)
+        compat.refuse_unsupported(model, reward_funcs, args, train_dataset, processing_class, kwargs)
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -124,6 +126,7 @@ class IBTPOTrainer(GRPOTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        compat.check_tokenizer(self._tokenizer)
         if self.use_vllm and self.vllm_mode == "colocate" and runs_on_cpu():
             self.vllm_generation = CPUVLLMGeneration.adopt(self.vllm_generation)
         compat.refuse_sharded_growth(self._dist, args)
@@ -161,6 +164,7 @@ class IBTPOTrainer(GRPOTrainer):
         Returns:
             One grower per row: its `tree`, the `success` of each leaf and `scores()`.
         """
+        compat.check_rows(rows)
         inputs = [dict(row) for row in rows for _ in range(self.num_generations)]
         prompt_ids, images, _ = self._tokenize_prompts([row["prompt"] for row in inputs])
         if images is not None:
@@ -185,6 +189,7 @@ class IBTPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)
+        compat.check_rows(inputs)
         self._tree_inputs = inputs
         try:
             output = super()._generate_and_score_completions(inputs)
@@ -209,9 +214,11 @@ class IBTPOTrainer(GRPOTrainer):
         return completion_ids, [logprobs for _, logprobs in trajectories] if self.use_vllm else None
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        if not self.model.training:
-            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         scorer = self._scorer
+        if not self.model.training:
+            if self.args.reward_timeout is None:
+                return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            scorer = self._score_evaluation(inputs, completions, completion_ids_list)
         if completions != scorer.completions:
             raise RuntimeError(
                 "TRL decoded the completions differently than they were scored. This TRL release is not supported; "
@@ -222,6 +229,7 @@ class IBTPOTrainer(GRPOTrainer):
         for name, calls in scorer.metrics.items():
             leaves = sum(count for _, count in calls)
             self._log_metric(name, sum(value * count for value, count in calls) / leaves)
+        self._log_timeouts(scorer)
         rewards = torch.tensor(scorer.rewards, device=self.accelerator.device)
         return self.accelerator.gather(rewards)
 
@@ -322,7 +330,7 @@ class IBTPOTrainer(GRPOTrainer):
         self, inputs: list[dict[str, Any]], prompt_ids: list[list[int]]
     ) -> tuple[list[TreeGrower], RewardScorer]:
         """Grow one tree for each run of G equal prompts; makes no collective call while trees grow."""
-        scorer = self._make_scorer(inputs, prompt_ids)
+        scorer = self._make_scorer(inputs, self.num_generations, self._decoder(inputs, prompt_ids))
         with (
             self._engine() as engine,
             tqdm(
@@ -336,6 +344,7 @@ class IBTPOTrainer(GRPOTrainer):
         ):
             growers = self._plant(prompt_ids, engine)
             grow_trees(growers, engine, scorer, on_rollout=progress.update)
+        scorer.warn_of_timeouts()
         return growers, scorer
 
     def _plant(self, prompt_ids: list[list[int]], engine: RolloutEngine) -> list[TreeGrower]:
@@ -352,6 +361,7 @@ class IBTPOTrainer(GRPOTrainer):
             budget = settings.max_completion_length
             if engine.max_length is not None:
                 budget = check_room(len(rows[0]), budget, engine.max_length)
+            compat.check_prompt(rows[0], self.model)
             prompt_index = self.accelerator.process_index * len(prompt_ids) // group + len(growers)
             growers.append(
                 TreeGrower(
@@ -420,7 +430,9 @@ class IBTPOTrainer(GRPOTrainer):
             client, sampling_arguments(generation), max_length, request_seeds=self.args.reproducible_rollouts
         )
 
-    def _make_scorer(self, inputs: list[dict[str, Any]], prompt_ids: list[list[int]]) -> RewardScorer:
+    def _decoder(self, inputs: list[dict[str, Any]], prompt_ids: list[list[int]]) -> Callable[..., list]:
+        """From completion ids and their rows to completions, as TRL decodes them."""
+
         def decode(completion_ids: list[list[int]], rows: list[int]) -> list:
             if not is_conversational(inputs[0]):
                 return self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
@@ -434,9 +446,20 @@ class IBTPOTrainer(GRPOTrainer):
             contents = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
             return [[{"role": "assistant", "content": content}] for content in contents]
 
+        return decode
+
+    def _score_evaluation(self, inputs: list[dict[str, Any]], completions: list, completion_ids: list) -> RewardScorer:
+        """Score an evaluation batch in one call of each function, as TRL does, but within the time limit."""
+        scorer = self._make_scorer(inputs, len(inputs), lambda _, rows: [completions[row] for row in rows])
+        scorer.submit([(0, row, ids) for row, ids in enumerate(completion_ids)])
+        scorer.collect(wait=True)
+        scorer.warn_of_timeouts()
+        return scorer
+
+    def _make_scorer(self, inputs: list[dict[str, Any]], leaves_per_tree: int, decode: Callable) -> RewardScorer:
         return RewardScorer(
             inputs=inputs,
-            leaves_per_tree=self.num_generations,
+            leaves_per_tree=leaves_per_tree,
             reward_funcs=self.reward_funcs,
             reward_names=self.reward_func_names,
             reward_processing_classes=self.reward_processing_classes,
@@ -446,7 +469,19 @@ class IBTPOTrainer(GRPOTrainer):
             event_loop=getattr(self, "async_loop", None),
             chat_template_kwargs=self.chat_template_kwargs,
             device=self.accelerator.device,
+            timeout=self.args.reward_timeout,
         )
+
+    def _log_timeouts(self, scorer: RewardScorer) -> None:
+        """Completions that each function left unscored, over all processes; a collective call where a limit is set."""
+        if self.args.reward_timeout is None:
+            return
+        local = torch.tensor(scorer.timed_out.sum(axis=0), dtype=torch.float32, device=self.accelerator.device)
+        mode = "train" if self.model.training else "eval"
+        counts = self.accelerator.reduce(local, reduction="sum").tolist()
+        for name, func, count in zip(self.reward_func_names, self.reward_funcs, counts, strict=True):
+            if not isinstance(func, torch.nn.Module):
+                self._metrics[mode][f"rewards/{name}/timeouts"].append(count)
 
     # ----- advantages ------------------------------------------------------------------------------------------------
 

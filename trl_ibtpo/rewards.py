@@ -5,22 +5,31 @@ Functions get the arguments that TRL gives them (`prompts`, `completions`, `comp
 than the generation batch. What a function logs is put back into the order of the rows.
 
 Synchronous functions and reward models run at once; asynchronous ones run on TRL's event loop while trees go on
-growing.
+growing. Both kinds of function can be given a time limit; what they do not score in time is unknown, as if they had
+returned None. Reward models are not limited.
 """
 
 import asyncio
 import concurrent.futures
 import math
+import textwrap
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from transformers.utils import logging
 from trl.data_utils import apply_chat_template, is_conversational
 from trl.trainer.utils import is_async_callable
+
+from .time_limit import TimeLimitExceeded, call_within, can_interrupt
+
+logger = logging.get_logger(__name__)
 
 
 class RewardFunctionError(RuntimeError):
@@ -34,6 +43,7 @@ class _Call:
     rows: list[int]
     arguments: dict[str, Any]
     pending: dict[concurrent.futures.Future, int] = field(default_factory=dict)  # future to reward function
+    submitted: float = field(default_factory=time.monotonic)
 
 
 class RewardScorer:
@@ -49,7 +59,10 @@ class RewardScorer:
         event_loop: where asynchronous functions run; needed only if there are any.
         chat_template_kwargs: passed to the chat template of reward models.
         device: of the reward models.
+        timeout: seconds that one call of a function may take; reward models are not limited.
     """
+
+    patience = 30.0  # seconds beyond the limit after which an event loop that did not keep it counts as stuck
 
     def __init__(
         self,
@@ -65,8 +78,10 @@ class RewardScorer:
         event_loop: asyncio.AbstractEventLoop | None,
         chat_template_kwargs: dict[str, Any],
         device: torch.device,
+        timeout: float | None = None,
     ):
         self.rewards = np.full((len(inputs), len(reward_funcs)), np.nan, dtype=np.float32)
+        self.timed_out = np.zeros(self.rewards.shape, dtype=bool)  # not scored within the limit
         self.completions: list = [None] * len(inputs)
         self.extra_columns: dict[str, list] = {}
         self.metrics: dict[str, list[tuple[float, int]]] = {}  # value and number of leaves of each call
@@ -81,6 +96,7 @@ class RewardScorer:
         self._event_loop = event_loop
         self._chat_template_kwargs = chat_template_kwargs
         self._device = device
+        self._timeout = timeout
         self._calls: list[_Call] = []
 
     def submit(self, leaves: Sequence[tuple[int, int, list[int]]]) -> None:
@@ -106,14 +122,15 @@ class RewardScorer:
         # Asynchronous functions first: they run while the synchronous ones compute.
         for index, func in enumerate(self._reward_funcs):
             if not isinstance(func, nn.Module) and is_async_callable(func):
-                future = asyncio.run_coroutine_threadsafe(_await(func, call.arguments), self._event_loop)
+                coroutine = _await(func, call.arguments, self._timeout)
+                future = asyncio.run_coroutine_threadsafe(coroutine, self._event_loop)
                 call.pending[future] = index
         self._calls.append(call)
         for index, func in enumerate(self._reward_funcs):
             if isinstance(func, nn.Module):
                 self._record(call, index, lambda index=index: self._run_model(index, call.arguments))
             elif not is_async_callable(func):
-                self._record(call, index, lambda func=func: func(**call.arguments))
+                self._record(call, index, self._limited(index, partial(func, **call.arguments)))
 
     def collect(self, wait: bool) -> list[tuple[int, int, float]]:
         while True:
@@ -126,10 +143,21 @@ class RewardScorer:
                 break
             # One of several functions may finish first, which completes no leaf yet.
             futures = [future for call in self._calls for future in call.pending]
-            concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_COMPLETED)
+            self._wait(futures)
         rows = [row for call in complete for row in call.rows]
         success = np.clip(self.rewards[rows, self._success_index], 0, 1).tolist()
         return [(*divmod(row, self._leaves_per_tree), value) for row, value in zip(rows, success, strict=True)]
+
+    def warn_of_timeouts(self) -> None:
+        """Name each function that left completions unscored because of its time limit."""
+        for index in np.flatnonzero(self.timed_out.any(axis=0)):
+            rows = np.flatnonzero(self.timed_out[:, index])
+            prompts = [repr(self._inputs[row]["prompt"]) for row in rows]
+            logger.warning(
+                f"The reward function '{self._reward_names[index]}' did not answer within `reward_timeout` "
+                f"({self._timeout} seconds) for {len(rows)} of {len(self._inputs)} completions; "
+                f"prompts: {len(set(prompts))}, the first {textwrap.shorten(prompts[0], 120)}. They count as None."
+            )
 
     def cancel(self) -> None:
         for call in self._calls:
@@ -137,10 +165,39 @@ class RewardScorer:
                 future.cancel()
         self._calls = []
 
+    def _limited(self, index: int, compute: Callable[[], Any]) -> Callable[[], Any]:
+        """A synchronous function with its time limit, if there is one."""
+        if self._timeout is None:
+            return compute
+        if not can_interrupt():
+            raise ValueError(
+                f"`reward_timeout` is {self._timeout}, but the reward function '{self._reward_names[index]}' cannot "
+                "be interrupted here: that takes POSIX signals, which only reach the main thread. Train in the main "
+                "thread, make the function `async`, or set `reward_timeout=None`."
+            )
+        return partial(call_within, self._timeout, compute)
+
+    def _wait(self, futures: list[concurrent.futures.Future]) -> None:
+        """Wait until one of `futures` is done; each ends by its limit, unless something blocks the event loop."""
+        longest = None
+        if self._timeout is not None:
+            longest = max(0, self._calls[0].submitted + self._timeout + self.patience - time.monotonic())
+        done, _ = concurrent.futures.wait(futures, longest, return_when=concurrent.futures.FIRST_COMPLETED)
+        if not done:
+            names = {self._reward_names[index] for call in self._calls for index in call.pending.values()}
+            raise RewardFunctionError(
+                f"`reward_timeout` is {self._timeout}, but {' or '.join(map(repr, sorted(names)))} holds up the event "
+                "loop: code inside an `async def` that does not `await` cannot be interrupted. Make it a plain `def`, "
+                "which can, or await what it waits for."
+            )
+
     def _record(self, call: _Call, index: int, compute: Callable[[], Sequence[float | None]]) -> None:
         name = self._reward_names[index]
         try:
             values = compute()
+        except TimeLimitExceeded:
+            self.timed_out[call.rows, index] = True
+            return
         except Exception as error:
             raise RewardFunctionError(
                 f"The reward function '{name}' raised {type(error).__name__}: {error}\n"
@@ -162,6 +219,12 @@ class RewardScorer:
                 f"The reward function '{name}' returned {len(numbers)} rewards, but {len(call.rows)} were expected: "
                 "one per completion."
             )
+        for value in numbers:
+            if math.isinf(value):
+                raise RewardFunctionError(
+                    f"The reward function '{name}' returned {value}; a reward must be a finite number, or None where "
+                    "there is none."
+                )
         if index == self._success_index:
             for value in numbers:
                 if not (math.isnan(value) or -1e-6 <= value <= 1 + 1e-6):
@@ -199,5 +262,13 @@ class RewardScorer:
             cells[row] = value
 
 
-async def _await(func: Callable, arguments: dict[str, Any]) -> Sequence[float | None]:
-    return await func(**arguments)
+async def _await(func: Callable, arguments: dict[str, Any], timeout: float | None) -> Sequence[float | None]:
+    task = asyncio.ensure_future(func(**arguments))
+    try:
+        # Unlike `wait_for`, this tells the limit from a TimeoutError of the function's own.
+        await asyncio.wait([task], timeout=timeout)
+        if not task.done():
+            raise TimeLimitExceeded
+        return task.result()
+    finally:
+        task.cancel()  # where the limit or the scorer ended the wait; nothing happens to a task that is done

@@ -1,0 +1,398 @@
+"""What a user may get wrong, and the message that says what is wrong, the value seen and one that works."""
+
+import math
+
+import pytest
+import tiny
+from datasets import Dataset, IterableDataset
+from trl import GRPOConfig
+
+from trl_ibtpo import IBTPOTrainer
+from trl_ibtpo.rewards import RewardFunctionError
+
+
+def raises(completions, **kwargs):
+    raise KeyError("solution")
+
+
+def short(completions, **kwargs):
+    return [1.0] * (len(completions) - 1)
+
+
+def unbounded(completions, **kwargs):
+    return [3.5] * len(completions)
+
+
+def infinite(completions, **kwargs):
+    return [math.inf] * len(completions)
+
+
+def scalar(completions, **kwargs):
+    return 1.0
+
+
+def needs_solution(completions, solution, **kwargs):
+    return [1.0] * len(completions)
+
+
+def tool() -> str:
+    """A tool."""
+    return "x"
+
+
+def tokenizer(vocab_size: int = 320, **changes):
+    changed = tiny.byte_level_tokenizer(vocab_size)
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    return changed
+
+
+def prompts(*values) -> Dataset:
+    return Dataset.from_dict({"prompt": list(values) * 8})
+
+
+def streamed(**row) -> IterableDataset:
+    return IterableDataset.from_generator(lambda: iter([row] * 8))
+
+
+IMAGE = [{"role": "user", "content": [{"type": "image", "image": "x.png"}, {"type": "text", "text": "What is it?"}]}]
+FOR_EXAMPLE = r"for example 'What is 3 \+ 4\?' or \[\{'role': 'user', 'content': 'What is 3 \+ 4\?'\}\]"
+GRPO = GRPOConfig("unused", use_cpu=True, bf16=False, report_to="none")
+
+# Fields of IBTPOConfig or arguments of IBTPOTrainer; the exception; its words.
+ROWS = {
+    # the shape of the tree
+    "no rollouts": (
+        {"tree_initial_rollouts": 0},
+        ValueError,
+        "`tree_initial_rollouts` is 0; it must be a whole number",
+    ),
+    "negative levels": (
+        {"tree_levels": -1},
+        ValueError,
+        "`tree_levels` is -1; it must be a whole number of at least 1",
+    ),
+    "no nodes": (
+        {"tree_nodes_per_level": 0},
+        ValueError,
+        "`tree_nodes_per_level` is 0; it must be a whole number of at least 1",
+    ),
+    "part of a branch": (
+        {"tree_branches_per_node": 1.5},
+        ValueError,
+        "`tree_branches_per_node` is 1.5; it must be a whole number",
+    ),
+    "one trajectory": (
+        {"tree_initial_rollouts": 1, "tree_levels": 1},
+        ValueError,
+        r"one trajectory \(`tree_initial_rollouts` is 1, `tree_levels` is 1\), but advantages compare at least 2",
+    ),
+    "another group size": (
+        {"num_generations": 8},
+        ValueError,
+        r"`num_generations` is 8, but the tree has 12 trajectories: .* = 4 \+ \(9 - 1\) \* 1 \* 1 = 12. Leave",
+    ),
+    # batches
+    "batch without whole trees": (
+        {"per_device_train_batch_size": 8},
+        ValueError,
+        r"8 \* 1 = 8 completions at a time, .* trees of 12 .* `per_device_train_batch_size` = 12, 24, 36, ... with "
+        r"`gradient_accumulation_steps` = 1; or `gradient_accumulation_steps` = 3, 6, 9",
+    ),
+    "steps without whole trees": (
+        {"per_device_train_batch_size": 6, "steps_per_generation": 3},
+        ValueError,
+        r"6 \* 3 = 18 .* `per_device_train_batch_size` = 4, 8, 12, ... with `steps_per_generation` = 3; or "
+        r"`steps_per_generation` = 2, 4, 6",
+    ),
+    "generation batch without whole trees": (
+        {"generation_batch_size": 20},
+        ValueError,
+        "`generation_batch_size` is 20, .* of 12 trajectories. Values that work: 12, 24, 36",
+    ),
+    "empty batch": (
+        {"per_device_train_batch_size": 0},
+        ValueError,
+        "`per_device_train_batch_size` is 0; it must be a whole number",
+    ),
+    "no accumulation": (
+        {"gradient_accumulation_steps": 0},
+        ValueError,
+        "`gradient_accumulation_steps` is 0; it must be a whole number",
+    ),
+    # numbers
+    "negative lookahead": (
+        {"branch_lookahead": -1},
+        ValueError,
+        r"`branch_lookahead` is -1; it must be a whole number from 0 \(the paper\)",
+    ),
+    "lookahead switched on": (
+        {"branch_lookahead": True},
+        ValueError,
+        "`branch_lookahead` is True; it must be a whole number from 0",
+    ),
+    "no beta": ({"ib_beta": 0.0}, ValueError, r"`ib_beta` is 0.0; it must be positive \(the paper uses 5\)"),
+    "beta as text": ({"ib_beta": "5"}, ValueError, r"`ib_beta` is '5'; it must be positive \(the paper uses 5\)"),
+    "lambda unknown": (
+        {"ib_coef": math.nan},
+        ValueError,
+        r"`ib_coef` is nan; it must be a number \(the paper uses 0.1\)",
+    ),
+    "greedy": (
+        {"temperature": 0.0},
+        ValueError,
+        r"`temperature` is 0.0; it must be positive \(the paper uses 0.7\), or all rollouts",
+    ),
+    "no length": (
+        {"max_completion_length": None},
+        ValueError,
+        "`max_completion_length` is None; it must be a whole number of at least 1",
+    ),
+    "no time": (
+        {"reward_timeout": 0},
+        ValueError,
+        "`reward_timeout` is 0; it must be a positive number of seconds, for example 30",
+    ),
+    "time as text": (
+        {"reward_timeout": "30s"},
+        ValueError,
+        "`reward_timeout` is '30s'; it must be a positive number of seconds",
+    ),
+    # choices and text
+    "unknown branching": (
+        {"branching": "best"},
+        ValueError,
+        r"`branching` is 'best'; it must be one of \['ib', 'confidence', 'random'",
+    ),
+    "unknown advantage": (
+        {"advantage": "none"},
+        ValueError,
+        r"`advantage` is 'none'; it must be one of \['ibtpo', 'grpo'\]",
+    ),
+    "unknown confidence": (
+        {"step_confidence": "mean"},
+        ValueError,
+        r"`step_confidence` is 'mean'; .* \['geometric_mean', 'joint'\]",
+    ),
+    "unknown weight": (
+        {"shared_token_weight": "twice"},
+        ValueError,
+        r"`shared_token_weight` is 'twice'; .* \['per_trajectory', 'once'\]",
+    ),
+    "no delimiter": ({"step_delimiter": ""}, ValueError, r"`step_delimiter` is empty; .* for example '\\n\\n'"),
+    "delimiter as a number": (
+        {"step_delimiter": 10},
+        ValueError,
+        r"`step_delimiter` is 10; it must be the text .* '\\n\\n'",
+    ),
+    # what TRL has and a tree cannot use
+    "not our config": ({"args": GRPO}, TypeError, "`args` is a GRPOConfig; IBTPOTrainer needs an IBTPOConfig"),
+    "tools": (
+        {"tools": [tool]},
+        ValueError,
+        "`tools` is not supported: .* Leave it out, or train with TRL's GRPOTrainer",
+    ),
+    "environment": (
+        {"environment_factory": object},
+        ValueError,
+        "`environment_factory` is not supported: .* Leave it",
+    ),
+    "rollout function": ({"rollout_func": tool}, ValueError, "`rollout_func` is not supported: .* Leave it out"),
+    "continuous batching": (
+        {"use_transformers_continuous_batching": True},
+        ValueError,
+        "`use_transformers_continuous_batching` is not supported: .* Leave it off, or set `use_vllm=True`",
+    ),
+    "beam search": (
+        {"generation_kwargs": {"num_beams": 2}},
+        ValueError,
+        "`generation_kwargs` sets `num_beams` to 2, which is not supported: .* Sample with temperature, top_k",
+    ),
+    "tensor parallel": (
+        {"use_vllm": True, "vllm_tensor_parallel_size": 2},
+        ValueError,
+        "`vllm_tensor_parallel_size` is 2, which is not supported: .* Use 1 .* or `vllm_mode='server'`",
+    ),
+    "structured outputs": (
+        {"use_vllm": True, "vllm_structured_outputs_regex": "a+"},
+        ValueError,
+        r"Structured outputs \(`vllm_structured_outputs_regex`\) are not supported: .* Leave it out",
+    ),
+    "several samples per request": (
+        {"use_vllm": True, "generation_kwargs": {"n": 4}},
+        ValueError,
+        "`generation_kwargs` sets `n` to 4, but a tree sets it for each of its rollouts. Leave it out",
+    ),
+    # datasets
+    "no dataset": ({"train_dataset": None}, ValueError, "`train_dataset` is required; it must have a column 'prompt'"),
+    "not a dataset": (
+        {"train_dataset": [{"prompt": "a"}] * 8},
+        TypeError,
+        "`train_dataset` must be a `Dataset` or `IterableDataset`, got `list`",
+    ),
+    "no prompt column": (
+        {"train_dataset": Dataset.from_dict({"question": ["a"] * 8})},
+        ValueError,
+        r"no column 'prompt' \(it has: question\). Rename .* `dataset.rename_column\('question', 'prompt'\)`",
+    ),
+    "no prompt in the stream": ({"train_dataset": streamed(question="a")}, ValueError, "holds None; .*" + FOR_EXAMPLE),
+    "empty dataset": (
+        {"train_dataset": prompts()},
+        ValueError,
+        r"`train_dataset` has 0 rows, but 1 prompts .* \(`generation_batch_size` 12 / 12 trajectories\).* Give more",
+    ),
+    "fewer rows than prompts": (
+        {"train_dataset": prompts("a").select(range(7)), "per_device_train_batch_size": 96},
+        ValueError,
+        r"`train_dataset` has 7 rows, but 8 prompts .* lower `per_device_train_batch_size` or `steps_per_generation`",
+    ),
+    "image column": (
+        {"train_dataset": prompts("a").add_column("image", ["b"] * 8)},
+        ValueError,
+        "Images are not supported in training: .* Remove the 'image'/'images' columns, or train .* GRPOTrainer",
+    ),
+    "image in the stream": (
+        {"train_dataset": streamed(prompt="a", image="b")},
+        ValueError,
+        "Images are not supported",
+    ),
+    "image in a message": (
+        {"train_dataset": prompts(IMAGE)},
+        ValueError,
+        "Images are not supported in training: .* Remove",
+    ),
+    "number as a prompt": ({"train_dataset": prompts(7)}, ValueError, "column 'prompt' .* holds 7; .*" + FOR_EXAMPLE),
+    "missing prompt": ({"train_dataset": prompts(None)}, ValueError, "'prompt' .* holds None; .*" + FOR_EXAMPLE),
+    "list of texts": ({"train_dataset": prompts(["a", "b"])}, ValueError, r"holds \['a', 'b'\]; .*" + FOR_EXAMPLE),
+    "no messages": ({"train_dataset": prompts([])}, ValueError, r"'prompt' .* holds \[\]; .*" + FOR_EXAMPLE),
+    "other message keys": (
+        {"train_dataset": prompts([{"from": "user", "value": "a"}])},
+        ValueError,
+        r"holds \[\{'from': 'user', 'value': 'a'\}\]; .*" + FOR_EXAMPLE,
+    ),
+    "empty text": (
+        {"train_dataset": prompts("")},
+        ValueError,
+        r"'prompt' of `train_dataset` is empty: .* `dataset.filter",
+    ),
+    "prompt beyond the model's positions": (
+        {"train_dataset": prompts("x" * 300)},
+        ValueError,
+        "prompt has 300 tokens, .* `max_position_embeddings` of the model is 256. Drop rows with prompts of 256",
+    ),
+    # reward functions
+    "no reward function": (
+        {"reward_funcs": []},
+        ValueError,
+        "`reward_funcs` is empty, .* `trl.rewards.accuracy_reward`",
+    ),
+    "reward left out": (
+        {"reward_funcs": None},
+        ValueError,
+        "`reward_funcs` is empty, .* for example `trl.rewards.accuracy_reward`",
+    ),
+    "reward not callable": (
+        {"reward_funcs": [tiny.even_length, 0.5]},
+        TypeError,
+        "`reward_funcs` holds 0.5, which cannot be called. Give a function, a model, the name of",
+    ),
+    "unknown reward model": (
+        {"reward_funcs": "./no-such-judge"},
+        FileNotFoundError,
+        "`reward_funcs` names './no-such-judge', which is no folder here .* for example 'Qwen/Qwen3-1.7B-Base'",
+    ),
+    "unknown success reward": (
+        {"success_reward": "accuracy"},
+        ValueError,
+        "`success_reward` is 'accuracy', which is not a reward function. Available: even_length, has_letter",
+    ),
+    "reward raises": (
+        {"reward_funcs": [raises]},
+        RewardFunctionError,
+        r"(?s)'raises' raised KeyError: 'solution'.*for the prompt 'What is.*Original traceback.*raise KeyError",
+    ),
+    "reward needs another column": (
+        {"reward_funcs": [needs_solution]},
+        RewardFunctionError,
+        "'needs_solution' raised TypeError: .* missing 1 required positional argument: 'solution'",
+    ),
+    "reward too short": (
+        {"reward_funcs": [short]},
+        RewardFunctionError,
+        "'short' returned 3 rewards, but 4 were expected: one per completion",
+    ),
+    "reward not a list": (
+        {"reward_funcs": [scalar]},
+        RewardFunctionError,
+        "'scalar' returned 1.0; it must return a list",
+    ),
+    "reward infinite": (
+        {"reward_funcs": [tiny.even_length, infinite]},
+        RewardFunctionError,
+        "'infinite' returned inf; a reward must be a finite number, or None where there is none",
+    ),
+    "success out of range": (
+        {"reward_funcs": [unbounded, tiny.even_length]},
+        RewardFunctionError,
+        r"'unbounded' returned 3.5, .* \[0, 1\].*`success_reward` \(available: unbounded, even_length\)",
+    ),
+    # models and tokenizers
+    "no model": ({"model": None}, TypeError, "`model` is None; give the name of a model .* 'Qwen/Qwen3-1.7B-Base'"),
+    "unknown model": (
+        {"model": "/no/such/model"},
+        FileNotFoundError,
+        "`model` names '/no/such/model', which is no folder here .* for example 'Qwen/Qwen3-1.7B-Base'",
+    ),
+    "model without a tokenizer": (
+        {"model": tiny.tiny_qwen3(tokenizer())},
+        ValueError,
+        "`model` is a Qwen3ForCausalLM that was not loaded .* Give it as `processing_class`",
+    ),
+    "model without a reference": (
+        {"model": tiny.tiny_qwen3(tokenizer()), "processing_class": tokenizer(), "beta": 0.02},
+        ValueError,
+        "`beta` is 0.02, which needs a reference model, .* Save the model and give its path, or set `beta=0.0`",
+    ),
+    "no stop token": (
+        {"processing_class": tokenizer(eos_token=None)},
+        ValueError,
+        "The tokenizer's `eos_token` is None, .* `tokenizer.eos_token = '<|endoftext|>'`, .* as `processing_class`",
+    ),
+    "neither stop nor padding token": (
+        {"processing_class": tokenizer(eos_token=None, pad_token=None)},
+        ValueError,
+        "The tokenizer's `eos_token` is None, .* `tokenizer.eos_token = '<|endoftext|>'`, .* as `processing_class`",
+    ),
+    "another model's tokenizer": (
+        {"processing_class": tokenizer(600), "train_dataset": prompts("数学")},
+        ValueError,
+        "A prompt holds the token id 3.., but the model has embeddings for 320 tokens. Give the model's own tokenizer",
+    ),
+}
+ARGUMENTS = (
+    "model",
+    "args",
+    "train_dataset",
+    "reward_funcs",
+    "processing_class",
+    "tools",
+    "environment_factory",
+    "rollout_func",
+)
+
+
+@pytest.mark.parametrize("overrides, error, message", ROWS.values(), ids=ROWS)
+def test_wrong_input(model_path, config, overrides, error, message):
+    """The config says it when it is made; else the trainer does, in its first step at the latest."""
+    given = {name: overrides[name] for name in ARGUMENTS if name in overrides}
+    fields = {name: value for name, value in overrides.items() if name not in given}
+    with pytest.raises(error, match=message):
+        IBTPOTrainer(
+            **{
+                "model": model_path,
+                "reward_funcs": [tiny.even_length, tiny.has_letter],
+                "args": config(**fields),
+                "train_dataset": tiny.questions(8),
+                **given,
+            }
+        ).train()
