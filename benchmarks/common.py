@@ -43,3 +43,46 @@ def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     values = np.asarray(values, dtype=np.float64)
     error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
     return float(values.mean()), float(error)
+
+
+class FixedSteps:
+    """Cuts completions into steps of a fixed number of tokens: random weights write no blank lines."""
+
+    def __init__(self, tokens: int):
+        self.tokens = tokens
+
+    def ends(self, token_ids: Sequence[int]) -> list[int]:
+        return [*range(self.tokens, len(token_ids), self.tokens), len(token_ids)]
+
+
+class CoinReward:
+    """One completion in five is right, decided by its tokens."""
+
+    def __init__(self):
+        self.scored = []
+
+    def submit(self, leaves):
+        self.scored += [(tree, number, float(sum(ids) % 5 == 0)) for tree, number, ids in leaves]
+
+    def collect(self, wait):
+        scored, self.scored = self.scored, []
+        return scored
+
+    def cancel(self):
+        self.scored = []
+
+
+def qwen3_config(layers: int, hidden: int, vocabulary: int, **options: Any):
+    """A Qwen3 of the proportions of the small ones."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 128,
+        head_dim=64,
+        **options,
+    )

@@ -34,13 +34,6 @@ PROMPT_TOKENS, STEP_TOKENS = 64, 12
 MEDIAN_LENGTH, LENGTH_SIGMA, MAX_LENGTH = 80, 0.6, 256  # tokens of a completion
 
 
-class FixedSteps:
-    """Steps of a fixed number of tokens: random weights write no blank lines."""
-
-    def ends(self, token_ids):
-        return [*range(STEP_TOKENS, len(token_ids), STEP_TOKENS), len(token_ids)]
-
-
 class ScriptedLengths(VLLMEngine):
     """The colocated engine on scripted completion lengths, counting its steps and the time spent in vLLM."""
 
@@ -100,23 +93,6 @@ class LockStep:
         self.engine.abort()
 
 
-class CoinReward:
-    """One completion in five is right, decided by its tokens."""
-
-    def __init__(self):
-        self.scored = []
-
-    def submit(self, leaves):
-        self.scored += [(tree, number, float(sum(ids) % 5 == 0)) for tree, number, ids in leaves]
-
-    def collect(self, wait):
-        scored, self.scored = self.scored, []
-        return scored
-
-    def cancel(self):
-        self.scored = []
-
-
 @dataclass
 class Mode:
     name: str
@@ -171,12 +147,17 @@ def run(generation, mode: Mode, questions: int, seed: int) -> dict[str, float]:
     rng = random.Random(1000 * questions + seed)
     settings = GrowthSettings(max_completion_length=MAX_LENGTH, branch_lookahead=mode.lookahead, **mode.settings)
     growers = [
-        TreeGrower([rng.randrange(5, 300) for _ in range(PROMPT_TOKENS)], settings, FixedSteps(), (seed, index))
+        TreeGrower(
+            [rng.randrange(5, 300) for _ in range(PROMPT_TOKENS)],
+            settings,
+            common.FixedSteps(STEP_TOKENS),
+            (seed, index),
+        )
         for index in range(questions)
     ]
     engine = ScriptedLengths(generation, seed, mode.request_seeds)
     begin = time.perf_counter()
-    grow_trees(growers, LockStep(engine) if mode.lock_step else engine, CoinReward())
+    grow_trees(growers, LockStep(engine) if mode.lock_step else engine, common.CoinReward())
     seconds = time.perf_counter() - begin
     tokens = sum(grower.tree.generated_tokens for grower in growers)
     return {

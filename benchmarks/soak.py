@@ -11,7 +11,7 @@ import psutil
 from tqdm.auto import tqdm
 
 from benchmarks import common
-from benchmarks.rollouts import FixedSteps, start_engine
+from benchmarks.rollouts import start_engine
 from trl_ibtpo.engines.vllm import VLLMEngine
 from trl_ibtpo.growth import GrowthSettings, TreeGrower, grow_trees
 
@@ -45,7 +45,7 @@ def batch(generation, rng: random.Random) -> str:
     fate = rng.choice(["grown", "grown", "aborted", "failed"])
     settings = GrowthSettings(max_completion_length=16, branch_lookahead=rng.choice([0, 2, 8]))
     growers = [
-        TreeGrower([rng.randrange(5, 300) for _ in range(8)], settings, FixedSteps(), (rng.randrange(2**31),))
+        TreeGrower([rng.randrange(5, 300) for _ in range(8)], settings, common.FixedSteps(12), (rng.randrange(2**31),))
         for _ in range(3)
     ]
     aborts_at, finished = rng.randrange(1, 30), 0

@@ -30,7 +30,19 @@ def test_pure_floors_load_neither_torch_nor_trl(module):
 FLOORS = [
     {"steps", "tree", "time_limit"},
     {"scores", "branching", "advantages"},
-    {"engines", "growth", "rewards", "packing", "metrics", "drawing", "model_card", "compat", "checkpoints"},
+    {
+        "engines",
+        "growth",
+        "rewards",
+        "packing",
+        "shared_forward",
+        "generation",
+        "metrics",
+        "drawing",
+        "model_card",
+        "compat",
+        "checkpoints",
+    },
     {"ibtpo_config", "ibtpo_trainer"},
     {"samples", "sampling", "treeview", "evaluation", "harness", "doctor", "cli", "commands", "__main__"},
 ]

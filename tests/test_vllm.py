@@ -103,6 +103,9 @@ class Shuffled:
             0 if self.engine._prefix + request_id not in self.engine._in_flight else self.engine.generated(request_id)
         )
 
+    def partial(self, request_id, start, stop):
+        return self.engine.partial(request_id, start, stop)
+
     def submit(self, requests):
         self.waiting += requests
 

@@ -11,7 +11,9 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
+from accelerate.utils import gather_object
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -134,3 +136,36 @@ def _checkpoints(output_dir: str | Path) -> list[Path]:
 def _sizes(folder: Path) -> dict[str, int]:
     """Size of every file under `folder`, by its path in it."""
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
+class WholeCheckpoints:
+    """For a transformers `Trainer`: checkpoints get a manifest, and training resumes from whole ones."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        if resume_from_checkpoint:
+            self.accelerator.wait_for_everyone()  # the main process may still be writing that of a run just ended
+            resume_from_checkpoint = to_resume_from(resume_from_checkpoint, self.args.output_dir)
+            chosen = gather_object([resume_from_checkpoint])
+            if len(set(chosen)) > 1:
+                raise ValueError(
+                    f"Processes found different last checkpoints in `output_dir`: {', '.join(sorted(set(chosen)))}. "
+                    "Give the path of one that every node has as `resume_from_checkpoint`."
+                )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            begin(folder)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            raise CheckpointError(describe_failure(folder, error)) from error
+
+    def _save_rng_state(self, output_dir):
+        # The last file of every process; the main one goes on to write the trainer's state and to rotate
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_manifest(Path(output_dir))

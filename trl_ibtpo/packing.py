@@ -196,6 +196,8 @@ def keep_groups_together(batches: list[dict[str, Any]], group_size: int) -> list
         batches: micro-batches as TRL splits a generation batch, with the entry `row`: each row's place in it, `(B,)`.
         group_size: rows of a group.
     """
+    if len(batches) == 1:
+        return batches
     rows = torch.cat([batch["row"] for batch in batches]).tolist()
     first = {}  # group to the place of its first row
     for place, row in enumerate(rows):

@@ -1,0 +1,187 @@
+"""What a forward and backward pass costs with each shared token computed once, against TRL's padded batch.
+
+    python -m benchmarks.packed_forward [--quick] [--json FILE]
+
+One micro-batch is one question: a tree of the paper's shape (4, 9, 1, 1), or a flat group of GRPO. Prompts have 100 to
+300 tokens, completions lognormal lengths (median 410) up to 1,024; trees grow by the package's own rules. The model
+has the proportions of a small Qwen3 and random weights. Both passes go through TRL's fused head.
+
+`real_tokens` are those of the rows without padding, `padded_tokens` what TRL's batch holds, `unique_tokens` what the
+packed row holds, tokens repeated at branch points included. Memory is the peak of all tensors, the parameters
+included: torch's own tracker on a CPU, the allocator's on a GPU.
+"""
+
+import random
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch.distributed._tools.mem_tracker import MemTracker
+from tqdm.auto import tqdm
+from transformers import Qwen3ForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+
+from benchmarks import common
+from trl_ibtpo.engines import Rollout
+from trl_ibtpo.growth import GrowthSettings, TreeGrower, grow_trees
+from trl_ibtpo.packing import pack_prefixes, packed_logps_and_entropies, prepare_model
+
+STEP_TOKENS, LENGTH_SIGMA = 32, 0.6
+SHAPES = {
+    "tree (4, 9, 1, 1)": {},
+    "flat 8": {"branching": "independent", "levels": 1, "initial_rollouts": 8},
+    "flat 12": {"branching": "independent", "levels": 1, "initial_rollouts": 12},
+}
+
+
+class RandomRollouts:
+    """Random tokens of lognormal total lengths, and random log-probabilities."""
+
+    batched, max_length = False, None
+
+    def __init__(self, seed: int, prompt_length: int, median_length: float, vocabulary: int):
+        self.rng = np.random.default_rng(seed)
+        self.prompt_length, self.median_length, self.vocabulary = prompt_length, median_length, vocabulary
+        self.queue = []
+
+    def submit(self, requests):
+        self.queue += requests
+
+    def poll(self):
+        requests, self.queue = self.queue, []
+        return [self._sample(request) for request in requests]
+
+    def _sample(self, request):
+        done = len(request.prefix_ids) - self.prompt_length
+        total = 0
+        while total <= done:  # a length that the prefix has not passed yet
+            total = int(self.rng.lognormal(np.log(self.median_length), LENGTH_SIGMA))
+        count = min(request.max_tokens, total - done)
+        token_ids = self.rng.integers(0, self.vocabulary, count).tolist()
+        return Rollout(request.request_id, token_ids, (-self.rng.exponential(0.5, count)).tolist())
+
+    def generated(self, request_id):
+        return 0
+
+    def abort(self):
+        self.queue = []
+
+
+def make_batch(settings: dict, seed: int, max_length: int, vocabulary: int, device) -> tuple:
+    """`input_ids`, `attention_mask` and `logits_to_keep` of the trajectories of one question."""
+    rng = random.Random(seed)
+    prompt = [rng.randrange(vocabulary) for _ in range(rng.randint(100, 300) if max_length > 256 else 20)]
+    steps = common.FixedSteps(STEP_TOKENS)
+    grower = TreeGrower(prompt, GrowthSettings(max_completion_length=max_length, **settings), steps, (seed,))
+    grow_trees([grower], RandomRollouts(seed, len(prompt), 0.4 * max_length, vocabulary), common.CoinReward())
+    completions = [grower.tree.trajectory(leaf)[0] for leaf in range(len(grower.tree.leaves))]
+    kept = max(map(len, completions))
+    input_ids = torch.zeros(len(completions), len(prompt) + kept, dtype=torch.long, device=device)
+    mask = torch.zeros_like(input_ids)
+    for row, completion in enumerate(completions):
+        input_ids[row, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
+        mask[row, : len(prompt) + len(completion)] = 1
+    return input_ids, mask, kept
+
+
+def padded_forward(model, input_ids, mask, kept) -> torch.Tensor:
+    """Log-probabilities as TRL computes them, `(B, C)`."""
+    labels = input_ids.masked_fill(mask == 0, -100)
+    labels[:, :-kept] = -100
+    return model(input_ids=input_ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs[:, -kept:]
+
+
+def packed_forward(model, input_ids, mask, kept) -> torch.Tensor:
+    return packed_logps_and_entropies(model, model, pack_prefixes(input_ids, mask, kept))[0]
+
+
+def measure(model, forward: Callable, batch: tuple) -> dict:
+    """Seconds of one forward and backward pass, with log-probabilities and gradients."""
+    model.zero_grad()
+    _synchronize(model.device)
+    begin = time.perf_counter()
+    logps = forward(model, *batch)
+    # Any loss of the log-probabilities; this one is smooth and gives every token another weight.
+    (logps.sin() * batch[1][:, -batch[2] :]).sum().backward()
+    _synchronize(model.device)
+    seconds = time.perf_counter() - begin
+    gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    return {"seconds": seconds, "logps": logps.detach(), "gradient": gradient}
+
+
+def peak_memory(model, forward: Callable, batch: tuple) -> float:
+    """Bytes of all tensors at the worst moment of a forward and backward pass."""
+    model.zero_grad()
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        measure(model, forward, batch)
+        return torch.cuda.max_memory_allocated()
+    tracker = MemTracker()
+    tracker.track_external(model)
+    with tracker:
+        forward(model, *batch).sum().backward()
+    return sum(each["Total"] for each in tracker.get_tracker_snapshot("peak").values())
+
+
+def _synchronize(device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    arguments = common.parser(__doc__.splitlines()[0])
+    arguments.add_argument("--repeats", type=int, default=3, help="micro-batches of each shape")
+    arguments.add_argument("--layers", type=int, default=4)
+    arguments.add_argument("--hidden", type=int, default=512)
+    arguments.add_argument("--vocabulary", type=int, default=8192)
+    arguments.add_argument("--max-length", type=int, default=1024, help="tokens of a completion")
+    arguments.add_argument("--attention", default="sdpa", choices=["sdpa", "eager", "flex_attention"])
+    arguments.add_argument("--device", default="cpu")
+    args = arguments.parse_args()
+    if args.quick:
+        args.repeats, args.layers, args.hidden, args.vocabulary, args.max_length = 2, 2, 128, 512, 256
+    torch.manual_seed(0)
+    config = common.qwen3_config(args.layers, args.hidden, args.vocabulary, attn_implementation=args.attention)
+    model = Qwen3ForCausalLM(config).to(args.device)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    prepare_model(model)
+    rows = []
+    with tqdm(total=args.repeats * len(SHAPES), unit="batch") as progress:
+        for shape, settings in SHAPES.items():
+            results = []
+            for repeat in range(args.repeats):
+                progress.set_description(shape)
+                batch = make_batch(settings, repeat, args.max_length, args.vocabulary, model.device)
+                if repeat == 0:  # warm up
+                    measure(model, packed_forward, batch)
+                plain = measure(model, padded_forward, batch)
+                packed = measure(model, packed_forward, batch)
+                results.append(
+                    {
+                        "unique_tokens": pack_prefixes(*batch).input_ids.numel(),
+                        "real_tokens": int(batch[1].sum()),
+                        "padded_tokens": batch[1].numel(),
+                        "time_ratio": packed["seconds"] / plain["seconds"],
+                        "memory_ratio": peak_memory(model, packed_forward, batch)
+                        / peak_memory(model, padded_forward, batch),
+                        "max_logp_diff": float((packed["logps"] - plain["logps"]).abs().max()),
+                        "grad_rel_diff": float(
+                            (packed["gradient"] - plain["gradient"]).norm() / plain["gradient"].norm()
+                        ),
+                    }
+                )
+                progress.update()
+            row = {"shape": shape, "attention": args.attention}
+            for key in results[0]:
+                values = [result[key] for result in results]
+                row[key] = float(np.max(values) if key.endswith("diff") else np.mean(values))
+                if key == "time_ratio":
+                    row["time_ratio_se"] = common.mean_and_error(values)[1]
+            row["token_ratio"] = row["unique_tokens"] / row["padded_tokens"]
+            rows.append(row)
+    common.report("Forward and backward, packed against padded", rows, args.json)
+
+
+if __name__ == "__main__":
+    main()

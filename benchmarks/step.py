@@ -1,0 +1,174 @@
+"""A whole optimizer step: generation, rewards and training, of IB-TPO and of TRL's GRPO on the same questions.
+
+    python -m benchmarks.step [--quick] [--json FILE]
+
+Real trainers on the real vLLM engine, with the same model, questions, sampling and number of questions per step; a
+micro-batch holds one question. `grpo` is TRL's GRPOTrainer, `ibtpo` the paper's tree (4, 9, 1, 1) without and with
+`branch_lookahead`, `ibtpo_unpacked` the same with TRL's forward. The model is random, so that completions end where
+chance lets them; rewards cost nothing.
+"""
+
+import os
+import random
+import tempfile
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import Qwen3ForCausalLM, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from benchmarks import common
+from trl_ibtpo import IBTPOConfig, IBTPOTrainer
+from trl_ibtpo.engines.vllm import CPUVLLMGeneration, runs_on_cpu
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29513")
+
+
+@dataclass
+class Method:
+    name: str
+    trainer: int  # which of the trainers
+    group_size: int
+    lookahead: int = 0
+    packed: bool = True
+
+
+METHODS = [
+    Method("grpo", 0, 8),
+    Method("grpo", 1, 12),
+    Method("ibtpo", 2, 12),
+    Method("ibtpo", 2, 12, lookahead=8),
+    Method("ibtpo_unpacked", 2, 12, lookahead=8, packed=False),
+]
+
+
+class Stopwatch(TrainerCallback):
+    """Seconds of each optimizer step."""
+
+    def __init__(self):
+        self.seconds = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.begin = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.perf_counter() - self.begin)
+
+
+def reward(completion_ids, **kwargs) -> list[float]:
+    return [float(sum(ids) % 3 == 0) for ids in completion_ids]
+
+
+def save_model(layers: int, hidden: int) -> str:
+    import tiny
+
+    path, tokenizer = tempfile.mkdtemp(), tiny.byte_level_tokenizer()
+    config = common.qwen3_config(
+        layers, hidden, len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    Qwen3ForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def make_trainer(method: Method, path: str, questions: int, max_length: int, dataset: Dataset):
+    ours = method.name != "grpo"
+    arguments = {
+        "output_dir": tempfile.mkdtemp(),
+        "per_device_train_batch_size": method.group_size,
+        "gradient_accumulation_steps": questions,
+        "max_steps": 2,
+        "max_completion_length": max_length,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "beta": 0.0,
+        "loss_type": "grpo",
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_max_model_length": 128 + max_length,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": runs_on_cpu(),
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+    if ours:
+        args = IBTPOConfig(**arguments, step_delimiter="e")  # random weights write no blank lines
+        return IBTPOTrainer(path, reward, args, dataset)
+    args = GRPOConfig(**arguments, num_generations=method.group_size, vllm_importance_sampling_mode="token_truncate")
+    trainer = GRPOTrainer(path, reward, args, dataset)
+    if runs_on_cpu():
+        trainer.vllm_generation = CPUVLLMGeneration.adopt(trainer.vllm_generation)
+    return trainer
+
+
+def run(trainer, method: Method, seed: int) -> dict[str, float]:
+    """Two optimizer steps, of which the second is measured."""
+    trainer.args.seed = seed
+    if method.name != "grpo":
+        trainer.args.branch_lookahead, trainer._packed_forward = method.lookahead, method.packed
+    trainer._last_loaded_step = -1  # a new run: the weights are pushed to vLLM again
+    watch = Stopwatch()
+    trainer.add_callback(watch)
+    trainer.train()
+    trainer.remove_callback(watch)
+    last = [entry for entry in trainer.state.log_history if "completions/mean_length" in entry][-1]
+    completions = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+    trained = last["completions/mean_length"] * completions
+    return {
+        "seconds_per_step": watch.seconds[-1],
+        "generated_tokens": last.get("tree/generated_tokens", trained / completions * method.group_size),
+        "trajectory_tokens": trained / completions * method.group_size,
+    }
+
+
+def main() -> None:
+    arguments = common.parser(__doc__.splitlines()[0])
+    arguments.add_argument("--repeats", type=int, default=4)
+    arguments.add_argument("--questions", type=int, default=8, help="per optimizer step")
+    arguments.add_argument("--layers", type=int, default=4)
+    arguments.add_argument("--hidden", type=int, default=256)
+    arguments.add_argument("--max-length", type=int, default=384, help="tokens of a completion")
+    args = arguments.parse_args()
+    if args.quick:
+        os.environ["VLLM_CPU_CI_ENV"] = "1"
+        args.repeats, args.questions, args.layers, args.hidden, args.max_length = 1, 2, 2, 128, 48
+    rng = random.Random(0)
+    dataset = Dataset.from_list(
+        [{"prompt": " ".join(f"What is {rng.randint(1, 9)} + {rng.randint(1, 9)}?" for _ in range(4))}] * 64
+    )
+    path = save_model(args.layers, args.hidden)
+    trainers = {}
+    for method in METHODS:
+        if method.trainer not in trainers:
+            trainers[method.trainer] = make_trainer(method, path, args.questions, args.max_length, dataset)
+    runs: list[list[dict]] = [[] for _ in METHODS]
+    with tqdm(total=args.repeats * len(METHODS), unit="run") as progress:
+        for repeat in range(args.repeats):  # interleaved: every repeat measures every method
+            for index, method in enumerate(METHODS):
+                progress.set_description(f"{method.name} {method.group_size} {method.lookahead}")
+                runs[index].append(run(trainers[method.trainer], method, seed=repeat))
+                progress.update()
+    rows = []
+    for index, method in enumerate(METHODS):
+        row = {"method": method.name, "group_size": method.group_size, "lookahead": method.lookahead}
+        row |= {key: float(np.mean([each[key] for each in runs[index]])) for key in runs[index][0]}
+        ratios = [
+            mine["seconds_per_step"] / base["seconds_per_step"]
+            for mine, base in zip(*(runs[index], runs[0]), strict=True)
+        ]
+        row["ratio_to_grpo8"], row["ratio_to_grpo8_se"] = common.mean_and_error(ratios)
+        rows.append(row)
+    common.report(f"One optimizer step of {args.questions} questions", rows, args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Where a trainer's trees come from: its engine, its prompts and its reward functions, put together for growth."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from tqdm.auto import tqdm
+from trl.chat_template_utils import parse_response
+from trl.data_utils import is_conversational
+from trl.extras.profiling import profiling_context
+from trl.generation.vllm_client import VLLMClient
+from trl.models import unwrap_model_for_generation
+
+from . import compat
+from .engines import RolloutEngine
+from .engines.transformers import TransformersEngine, unsharded
+from .engines.vllm import VLLMEngine, VLLMServerEngine, check_room, sampling_arguments
+from .growth import TreeGrower, grow_trees
+from .rewards import RewardScorer
+
+
+class TreeGeneration:
+    """For a `GRPOTrainer` with an `IBTPOConfig`: grows trees with the current policy."""
+
+    def grow_trees(self, rows: list[dict[str, Any]]) -> list[TreeGrower]:
+        """Grow one tree per dataset row with the current policy, as a training step would, without training on it.
+
+        Every process grows the rows that it is given.
+
+        Args:
+            rows: dataset rows, each with a `prompt` and the columns that the reward functions need.
+
+        Returns:
+            One grower per row: its `tree`, the `success` of each leaf and `scores()`.
+        """
+        compat.check_rows(rows)
+        inputs = [dict(row) for row in rows for _ in range(self.num_generations)]
+        prompt_ids, images, _ = self._tokenize_prompts([row["prompt"] for row in inputs])
+        if images is not None:
+            raise ValueError(compat.NO_IMAGES)
+        growers, _ = self._grow(inputs, prompt_ids)
+        return growers
+
+    def _grow(
+        self, inputs: list[dict[str, Any]], prompt_ids: list[list[int]]
+    ) -> tuple[list[TreeGrower], RewardScorer]:
+        """Grow one tree for each run of G equal prompts; makes no collective call while trees grow."""
+        scorer = self._make_scorer(inputs, self.num_generations, self._decoder(inputs, prompt_ids))
+        with (
+            self._engine() as engine,
+            tqdm(
+                total=len(prompt_ids),
+                desc="Growing trees",
+                unit="rollout",
+                leave=False,
+                delay=5,
+                disable=self.args.disable_tqdm or not self.accelerator.is_main_process,
+            ) as progress,
+        ):
+            growers = self._plant(prompt_ids, engine)
+            grow_trees(growers, engine, scorer, on_rollout=progress.update)
+        scorer.warn_of_timeouts()
+        return growers, scorer
+
+    def _plant(self, prompt_ids: list[list[int]], engine: RolloutEngine) -> list[TreeGrower]:
+        """One grower for each run of G equal prompts."""
+        group, settings = self.num_generations, self.args.growth_settings
+        growers = []
+        for start in range(0, len(prompt_ids), group):
+            rows = prompt_ids[start : start + group]
+            if len(rows) < group or any(row != rows[0] for row in rows):
+                raise RuntimeError(
+                    f"Rows {start} to {start + len(rows) - 1} of the generation batch are not {group} copies of one "
+                    "prompt, so they cannot share a tree. Use the trainer's own sampler."
+                )
+            budget = settings.max_completion_length
+            if engine.max_length is not None:
+                budget = check_room(len(rows[0]), budget, engine.max_length)
+            compat.check_prompt(rows[0], self.model)
+            prompt_index = self.accelerator.process_index * len(prompt_ids) // group + len(growers)
+            growers.append(
+                TreeGrower(
+                    rows[0],
+                    replace(settings, max_completion_length=budget),
+                    self._splitter,
+                    seed=(self.args.seed, self.state.global_step, prompt_index),
+                    batched=engine.batched,
+                )
+            )
+        return growers
+
+    @contextmanager
+    def _engine(self) -> Iterator[RolloutEngine]:
+        """The rollout engine, holding what generation needs (weights in sync or gathered) until the batch is grown."""
+        if self.use_vllm:
+            self._sync_vllm()
+            with self._vllm_engine().awake() as engine:
+                yield engine
+            return
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                generation_kwargs=self.generation_kwargs,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            unsharded(self.model_wrapped, reshard_after_forward=self._reshards_after_forward),
+        ):
+            yield TransformersEngine(
+                model,
+                self.generation_config,
+                self._tokenizer.pad_token_id,
+                request_seeds=self.args.reproducible_rollouts,
+            )
+
+    @property
+    def _reshards_after_forward(self) -> bool:
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        return plugin is None or bool(plugin.reshard_after_forward)
+
+    def _sync_vllm(self) -> None:
+        """Push the weights once per optimizer step, as TRL does; sleeping weights are always pushed."""
+        generation = self.vllm_generation
+        asleep = self.vllm_mode == "colocate" and generation._llm_weights_sleeping
+        if self.state.global_step != self._last_loaded_step or asleep:
+            with profiling_context(self, "sync_weights"):
+                generation.sync_weights()
+            self._last_loaded_step = self.state.global_step
+            if self.vllm_mode == "server":  # only the main process pushes; nobody may sample before it is done
+                self.accelerator.wait_for_everyone()
+
+    def _vllm_engine(self) -> VLLMEngine | VLLMServerEngine:
+        if self.vllm_mode == "colocate":
+            return VLLMEngine(self.vllm_generation, request_seeds=self.args.reproducible_rollouts)
+        generation = self.vllm_generation
+        if not hasattr(generation, "vllm_client"):  # TRL connects the main process alone
+            generation.vllm_client = VLLMClient(
+                base_url=generation.server_base_url or f"http://{generation.server_host}:{generation.server_port}",
+                connection_timeout=generation.server_timeout,
+            )
+        client = generation.vllm_client
+        max_length = client.get_server_info()["model_config"]["max_model_len"]
+        return VLLMServerEngine(
+            client, sampling_arguments(generation), max_length, request_seeds=self.args.reproducible_rollouts
+        )
+
+    def _decoder(self, inputs: list[dict[str, Any]], prompt_ids: list[list[int]]) -> Callable[..., list]:
+        """From completion ids and their rows to completions, as TRL decodes them."""
+
+        def decode(completion_ids: list[list[int]], rows: list[int]) -> list:
+            if not is_conversational(inputs[0]):
+                return self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+            if getattr(self._tokenizer, "response_template", None) or getattr(
+                self._tokenizer, "response_schema", None
+            ):
+                return [
+                    [parse_response(self._tokenizer, ids, prefix=prompt_ids[row], tools=[])]
+                    for ids, row in zip(completion_ids, rows, strict=True)
+                ]
+            contents = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+            return [[{"role": "assistant", "content": content}] for content in contents]
+
+        return decode
+
+    def _score_evaluation(self, inputs: list[dict[str, Any]], completions: list, completion_ids: list) -> RewardScorer:
+        """Score an evaluation batch in one call of each function, as TRL does, but within the time limit."""
+        scorer = self._make_scorer(inputs, len(inputs), lambda _, rows: [completions[row] for row in rows])
+        scorer.submit([(0, row, ids) for row, ids in enumerate(completion_ids)])
+        scorer.collect(wait=True)
+        scorer.warn_of_timeouts()
+        return scorer
+
+    def _make_scorer(self, inputs: list[dict[str, Any]], leaves_per_tree: int, decode: Callable) -> RewardScorer:
+        return RewardScorer(
+            inputs=inputs,
+            leaves_per_tree=leaves_per_tree,
+            reward_funcs=self.reward_funcs,
+            reward_names=self.reward_func_names,
+            reward_processing_classes=self.reward_processing_classes,
+            success_index=self._success_index,
+            decode=decode,
+            shared_arguments={"trainer_state": self.state},
+            event_loop=getattr(self, "async_loop", None),
+            chat_template_kwargs=self.chat_template_kwargs,
+            device=self.accelerator.device,
+            timeout=self.args.reward_timeout,
+        )
