@@ -115,7 +115,7 @@ MODES = [
 def start_engine(layers: int, hidden: int, max_num_seqs: int, quick: bool = False) -> SimpleNamespace:
     """A random Qwen3 in an engine inside this process, as TRL starts it, with what `VLLMEngine` reads of TRL's.
 
-    A quick start makes steps slower on a CPU.
+    A quick start compiles nothing, and makes steps slower on a CPU.
     """
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -136,6 +136,7 @@ def start_engine(layers: int, hidden: int, max_num_seqs: int, quick: bool = Fals
         logprobs_mode="processed_logprobs",
         enable_chunked_prefill=False,  # see `CPUVLLMGeneration`
         distributed_executor_backend="external_launcher",
+        enforce_eager=quick,
     )
     sampling = {"repetition_penalty": 1.0, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
     return SimpleNamespace(llm=llm, enable_sleep_mode=False, generation_kwargs={}, **sampling)
@@ -177,7 +178,7 @@ def main() -> None:
     arguments.add_argument("--hidden", type=int, default=512)
     args = arguments.parse_args()
     if args.quick:
-        args.questions, args.repeats, args.layers, args.hidden = [8], 1, 2, 64
+        args.questions, args.repeats, args.layers, args.hidden = [4], 1, 2, 64
     generation = start_engine(args.layers, args.hidden, 12 * max(args.questions), args.quick)
     run(generation, MODES[0], min(args.questions), seed=99)  # warm up
     rows = []

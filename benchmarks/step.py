@@ -32,18 +32,17 @@ os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29513")
 @dataclass
 class Method:
     name: str
-    trainer: int  # which of the trainers
     group_size: int
     lookahead: int = 0
     packed: bool = True
 
 
 METHODS = [
-    Method("grpo", 0, 8),
-    Method("grpo", 1, 12),
-    Method("ibtpo", 2, 12),
-    Method("ibtpo", 2, 12, lookahead=8),
-    Method("ibtpo_unpacked", 2, 12, lookahead=8, packed=False),
+    Method("grpo", 8),
+    Method("grpo", 12),
+    Method("ibtpo", 12),
+    Method("ibtpo", 12, lookahead=8),
+    Method("ibtpo_unpacked", 12, lookahead=8, packed=False),
 ]
 
 
@@ -112,21 +111,24 @@ def make_trainer(method: Method, path: str, questions: int, max_length: int, dat
 
 def run(trainer, method: Method, seed: int) -> dict[str, float]:
     """Two optimizer steps, of which the second is measured."""
-    trainer.args.seed = seed
-    if method.name != "grpo":
-        trainer.args.branch_lookahead, trainer._packed_forward = method.lookahead, method.packed
+    args, questions = trainer.args, trainer.args.gradient_accumulation_steps
+    args.seed = seed
+    if method.name == "grpo":
+        trainer.num_generations = args.num_generations = args.per_device_train_batch_size = method.group_size
+        args.generation_batch_size = questions * method.group_size
+    else:
+        args.branch_lookahead, trainer._packed_forward = method.lookahead, method.packed
     trainer._last_loaded_step = -1  # a new run: the weights are pushed to vLLM again
     watch = Stopwatch()
     trainer.add_callback(watch)
     trainer.train()
     trainer.remove_callback(watch)
     last = [entry for entry in trainer.state.log_history if "completions/mean_length" in entry][-1]
-    completions = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
-    trained = last["completions/mean_length"] * completions
+    trajectory_tokens = last["completions/mean_length"] * method.group_size
     return {
         "seconds_per_step": watch.seconds[-1],
-        "generated_tokens": last.get("tree/generated_tokens", trained / completions * method.group_size),
-        "trajectory_tokens": trained / completions * method.group_size,
+        "generated_tokens": questions * last.get("tree/generated_tokens", trajectory_tokens),
+        "trajectory_tokens": questions * trajectory_tokens,
     }
 
 
@@ -146,16 +148,15 @@ def main() -> None:
         [{"prompt": " ".join(f"What is {rng.randint(1, 9)} + {rng.randint(1, 9)}?" for _ in range(4))}] * 64
     )
     path = save_model(args.layers, args.hidden)
-    trainers = {}
-    for method in METHODS:
-        if method.trainer not in trainers:
-            trainers[method.trainer] = make_trainer(method, path, args.questions, args.max_length, dataset)
+    grpo, ibtpo = (
+        make_trainer(method, path, args.questions, args.max_length, dataset) for method in (METHODS[0], METHODS[2])
+    )
     runs: list[list[dict]] = [[] for _ in METHODS]
     with tqdm(total=args.repeats * len(METHODS), unit="run") as progress:
         for repeat in range(args.repeats):  # interleaved: every repeat measures every method
             for index, method in enumerate(METHODS):
                 progress.set_description(f"{method.name} {method.group_size} {method.lookahead}")
-                runs[index].append(run(trainers[method.trainer], method, seed=repeat))
+                runs[index].append(run(grpo if method.name == "grpo" else ibtpo, method, seed=repeat))
                 progress.update()
     rows = []
     for index, method in enumerate(METHODS):
