@@ -116,6 +116,7 @@ def run(trainer, method: Method, seed: int) -> dict[str, float]:
     if method.name == "grpo":
         trainer.num_generations = args.num_generations = args.per_device_train_batch_size = method.group_size
         args.generation_batch_size = questions * method.group_size
+        trainer._train_batch_size = method.group_size
     else:
         args.branch_lookahead, trainer._packed_forward = method.lookahead, method.packed
     trainer._last_loaded_step = -1  # a new run: the weights are pushed to vLLM again
@@ -142,14 +143,14 @@ def main() -> None:
     args = arguments.parse_args()
     if args.quick:
         os.environ["VLLM_CPU_CI_ENV"] = "1"
-        args.repeats, args.questions, args.layers, args.hidden, args.max_length = 1, 2, 2, 128, 48
+        args.repeats, args.questions, args.layers, args.hidden, args.max_length = 1, 2, 1, 128, 24
     rng = random.Random(0)
     dataset = Dataset.from_list(
         [{"prompt": " ".join(f"What is {rng.randint(1, 9)} + {rng.randint(1, 9)}?" for _ in range(4))}] * 64
     )
     path = save_model(args.layers, args.hidden)
     grpo, ibtpo = (
-        make_trainer(method, path, args.questions, args.max_length, dataset) for method in (METHODS[0], METHODS[2])
+        make_trainer(method, path, args.questions, args.max_length, dataset) for method in (METHODS[1], METHODS[2])
     )
     runs: list[list[dict]] = [[] for _ in METHODS]
     with tqdm(total=args.repeats * len(METHODS), unit="run") as progress:
