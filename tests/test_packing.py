@@ -19,6 +19,7 @@ from transformers import (
     Qwen3_5TextConfig,
     Qwen3Config,
 )
+from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_ibtpo import IBTPOTrainer
@@ -420,3 +421,19 @@ def test_a_model_says_the_same_after_it_was_prepared(model_path, tmp_path):
     assert torch.equal(before, model(input_ids=ids, attention_mask=mask).logits)
     assert torch.equal(text, model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False))
     assert model.config.to_dict() == config
+
+
+def test_what_comes_with_images_is_left_to_trl(config, model_path):
+    """Whatever TRL passes beside text; such trainings are refused, evaluations are not."""
+    trainer = IBTPOTrainer(model_path, tiny.even_length, config(), tiny.questions())
+    ids, mask, kept = padded([([5, 6], [7, 8, 9]), ([5, 6], [7, 8])])
+    theirs = GRPOTrainer._get_per_token_logps_and_entropies
+    shapes = []
+    trainer.model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    arguments = (trainer.model, ids, mask, kept)
+    found = trainer._get_per_token_logps_and_entropies(*arguments, token_type_ids=torch.zeros_like(ids))
+    assert shapes == [(2, 5)] and torch.equal(found[0], theirs(trainer, *arguments)[0])
+    trainer._get_per_token_logps_and_entropies(*arguments)
+    assert shapes[-1] == (1, 5)  # "5 6 7 8 9": the other row is a prefix of it

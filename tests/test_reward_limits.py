@@ -17,8 +17,6 @@ from test_rewards import GROUP, Gate, by_completion, leaf, make_scorer, wait_for
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    Qwen3Config,
-    Qwen3ForSequenceClassification,
 )
 from trl.rewards import accuracy_reward
 
@@ -284,20 +282,8 @@ def test_no_reward_at_all(config, model_path):
 @pytest.fixture(scope="module")
 def reward_model_path(tmp_path_factory) -> str:
     tokenizer = tiny.byte_level_tokenizer()
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        num_labels=1,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     path = str(tmp_path_factory.mktemp("rewards") / "judge")
-    Qwen3ForSequenceClassification(config).save_pretrained(path)
+    tiny.tiny_reward_model(tokenizer).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 

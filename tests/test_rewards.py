@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from transformers import Qwen3Config, Qwen3ForSequenceClassification
 
 from trl_ibtpo.rewards import RewardFunctionError, RewardScorer
 
@@ -326,19 +325,7 @@ def test_cancel_drops_what_is_pending(event_loop):
 @pytest.fixture(scope="module")
 def reward_model():
     tokenizer = tiny.byte_level_tokenizer()
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        num_labels=2,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return Qwen3ForSequenceClassification(config).eval(), tokenizer
+    return tiny.tiny_reward_model(tokenizer, num_labels=2), tokenizer
 
 
 def first_logit(model, tokenizer, text: str) -> float:

@@ -5,7 +5,12 @@ import random
 import torch
 from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
+)
 
 CORPUS = [
     "What is 3 + 4?\n\nFirst add 3 and 4.\n\nThat gives 7.\n\nThe answer is 7.",
@@ -89,6 +94,23 @@ def tiny_qwen3(tokenizer, *, tie_word_embeddings: bool = False, layers: int = 2,
         pad_token_id=tokenizer.pad_token_id,
     )
     return Qwen3ForCausalLM(config)
+
+
+def tiny_reward_model(tokenizer, num_labels: int = 1) -> Qwen3ForSequenceClassification:
+    """A random sequence-classification model."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_labels=num_labels,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen3ForSequenceClassification(config).eval()
 
 
 def save_tiny(path, tokenizer, **kwargs) -> str:
