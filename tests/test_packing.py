@@ -16,6 +16,7 @@ from transformers import (
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
 )
@@ -399,6 +400,12 @@ def test_where_it_is_not_exact_trl_computes(name, config, model_path, tmp_path, 
         assert torch.equal(value, weights(runs[1])[key])
     with pytest.raises(ValueError, match="`packed_forward` is True, but the model"):
         train(config, str(tmp_path / "model"), packed_forward=True)
+
+
+def test_positions_that_depend_on_padding_are_left_alone():
+    shape = {"num_hidden_layers": 1, "hidden_size": 16, "ffn_dim": 16, "num_attention_heads": 2, "vocab_size": 8}
+    model = AutoModelForCausalLM.from_config(OPTConfig(**shape, word_embed_proj_dim=16))
+    assert "positions are not rotary" in why_not_packed(model)
 
 
 def test_flash_attention_is_left_alone():

@@ -31,9 +31,7 @@ class Segment:
 
     start: int
     stop: int
-    ancestors: tuple[
-        tuple[int, int], ...
-    ]  # (start, stop) runs of packed positions, from the first token of the row on
+    ancestors: tuple[tuple[int, int], ...]  # (start, stop) runs of positions, from the first token of the row on
 
 
 @dataclass(frozen=True)
@@ -265,6 +263,8 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
         return f"the model has layers of other kinds than full attention ({', '.join(sorted(layer_types))})"
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         return f"the model attends to a sliding window (of {config.sliding_window} tokens)"
+    if not getattr(config, "rope_parameters", None):
+        return "the model's positions are not rotary, so they may depend on the padding"
     if not model._can_set_attn_implementation():
         return "the model computes its attention in a way of its own"
     implementation = config._attn_implementation
