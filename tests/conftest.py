@@ -13,6 +13,15 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def environment_of_its_own():
+    """A colocated vLLM leaves RANK, WORLD_SIZE and its port behind, which processes started later would obey."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory) -> str:
     """A tiny Qwen3 with a byte-level tokenizer."""
