@@ -7,11 +7,14 @@ import pytest
 import tiny
 import torch
 import transformers
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
+from PIL import Image
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     GemmaConfig,
     LlamaConfig,
@@ -20,6 +23,7 @@ from transformers import (
     Qwen3_5TextConfig,
     Qwen3Config,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
@@ -270,11 +274,11 @@ def test_flex_attention_attends_along_the_trie():
 # ----- in the trainer ------------------------------------------------------------------------------------------------
 
 
-def train(config, model, seen: list | None = None, **overrides):
+def train(config, model, seen: list | None = None, conversational: bool = False, **overrides):
     """Train a few steps; `seen` gets the shapes of what the model computes while it is trained."""
     kwargs = {name: overrides.pop(name) for name in ("peft_config", "quantization_config") if name in overrides}
     args = config(**{"max_steps": 5, "beta": 0.01, "learning_rate": 1e-4, **overrides})
-    trainer = IBTPOTrainer(model, tiny.even_length, args, tiny.questions(), **kwargs)
+    trainer = IBTPOTrainer(model, tiny.even_length, args, tiny.questions(conversational=conversational), **kwargs)
     if seen is not None:
 
         def look(module, positional, keywords):
@@ -402,17 +406,75 @@ def test_where_it_is_not_exact_trl_computes(name, config, model_path, tmp_path, 
         train(config, str(tmp_path / "model"), packed_forward=True)
 
 
+def test_a_model_that_takes_images_trains_on_text_with_trls_forward(config, tmp_path, capsys):
+    model = tiny.save_tiny_vlm(tmp_path / "model")
+    runs = []
+    for packed_forward, reason in ((None, "the model takes images"), (False, "`packed_forward` is off")):
+        seen = []
+        runs.append(train(config, model, seen, conversational=True, packed_forward=packed_forward))
+        assert {rows for rows, _ in seen} == {12}
+        assert capsys.readouterr().out.count(f"forward: TRL's ({reason}).") == 1
+    for key, value in weights(runs[0]).items():
+        assert torch.equal(value, weights(runs[1])[key])
+    with pytest.raises(ValueError, match="`packed_forward` is True, but the model takes images"):
+        train(config, model, packed_forward=True)
+
+
+def test_images_are_evaluated_as_in_trl(config, tmp_path):
+    """Training on images is refused; an evaluation on them gives every number of TRL's."""
+    model = tiny.save_tiny_vlm(tmp_path / "model")
+    question = [{"role": "user", "content": "What is it?"}]
+    images = Dataset.from_list(
+        [{"prompt": question, "image": Image.new("RGB", (20, 20), (60 * i, 0, 0))} for i in range(4)]
+    )
+    args = config(beta=0.01)
+    found = []
+    for trainer_class, arguments in ((IBTPOTrainer, args), (GRPOTrainer, tiny.grpo_arguments(args))):
+        text = tiny.questions(conversational=True)
+        trainer = trainer_class(model, tiny.even_length, arguments, text, eval_dataset=images)
+        torch.manual_seed(0)
+        for parameter in trainer.model.parameters():  # apart from the reference model
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+        pixels = []
+        trainer.model.register_forward_pre_hook(
+            lambda _, args, kwargs, seen=pixels: seen.append(kwargs.get("pixel_values")), with_kwargs=True
+        )
+        found.append(trainer.evaluate())
+        assert any(each is not None for each in pixels)
+    assert found[0].keys() == found[1].keys() and found[0]["eval_kl"] > 0
+    for key in found[0].keys() - {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}:
+        assert found[0][key] == found[1][key], key
+
+
 def test_positions_that_depend_on_padding_are_left_alone():
     shape = {"num_hidden_layers": 1, "hidden_size": 16, "ffn_dim": 16, "num_attention_heads": 2, "vocab_size": 8}
     model = AutoModelForCausalLM.from_config(OPTConfig(**shape, word_embed_proj_dim=16))
     assert "positions are not rotary" in why_not_packed(model)
 
 
-def test_flash_attention_is_left_alone():
-    model = make_model("qwen3")
-    assert why_not_packed(model) is None
-    model.config._attn_implementation = "flash_attention_2"
-    assert "'flash_attention_2', which takes no such mask" in why_not_packed(model)
+def flash_attention_on_cpu(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """What the kernel computes, which no CPU has: causal attention over a mask of the tokens that are no padding."""
+    queries, keys = query.shape[2], key.shape[2]
+    mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)[None, None]
+    if attention_mask is not None:
+        mask = mask & attention_mask[:, None, None, :keys].bool() | torch.eye(keys, dtype=torch.bool)[-queries:]
+    return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling)
+
+
+def test_flash_attention_is_left_alone(config, model_path, capsys, monkeypatch):
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", flash_attention_on_cpu)
+    runs, seen = [], []
+    for packed_forward in (None, False):
+        model = AutoModelForCausalLM.from_pretrained(model_path)
+        assert why_not_packed(model) is None
+        model.config._attn_implementation = "flash_attention_2"
+        runs.append(train(config, model, seen, packed_forward=packed_forward, max_steps=2, beta=0.0))
+        said = capsys.readouterr().out
+        assert said.count("forward: TRL's") == 1
+        assert ("'flash_attention_2', which takes no such mask" in said) == (packed_forward is None)
+    assert {rows for rows, _ in seen} == {12}
+    for key, value in weights(runs[0]).items():
+        assert torch.equal(value, weights(runs[1])[key])
 
 
 def test_a_model_says_the_same_after_it_was_prepared(model_path, tmp_path):

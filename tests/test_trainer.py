@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 from trl_ibtpo import IBTPOConfig, IBTPOTrainer
 from trl_ibtpo.engines import Rollout
@@ -95,13 +95,6 @@ def build(trainer_class, args, path, rewards, **kwargs):
     return trainer
 
 
-def grpo_arguments(args: IBTPOConfig) -> GRPOConfig:
-    """TRL's config with every value that the two share."""
-    names = {field for field in GRPOConfig.__dataclass_fields__ if GRPOConfig.__dataclass_fields__[field].init}
-    shared = {name: getattr(args, name) for name in names if name not in ("generation_batch_size", "logging_dir")}
-    return GRPOConfig(**shared)
-
-
 def never_scores(completions, **kwargs):
     """None for every third completion, and no opinion at all on some rows when it is the only function."""
     return [None if index % 3 == 0 else index / 7 for index in range(len(completions))]
@@ -127,7 +120,7 @@ def test_flat_tree_equals_grpo(config, model_path, scale_rewards, aggregation):
     )
     rewards = [some_success, tiny.has_letter]
     ours = build(ReplayIBTPOTrainer, args, model_path, list(rewards))
-    theirs = build(ReplayGRPOTrainer, grpo_arguments(args), model_path, list(rewards))
+    theirs = build(ReplayGRPOTrainer, tiny.grpo_arguments(args), model_path, list(rewards))
     for trainer in (ours, theirs):
         torch.manual_seed(0)  # TRL shuffles the rows of a batch with the global generator
         trainer.train()

@@ -6,11 +6,17 @@ import torch
 from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3ForSequenceClassification,
 )
+from trl import GRPOConfig
 
 CORPUS = [
     "What is 3 + 4?\n\nFirst add 3 and 4.\n\nThat gives 7.\n\nThe answer is 7.",
@@ -118,6 +124,49 @@ def save_tiny(path, tokenizer, **kwargs) -> str:
     tiny_qwen3(tokenizer, **kwargs).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
+
+
+def save_tiny_vlm(path) -> str:
+    """Write a tiny LLaVA (CLIP and Qwen3) with its processor to a folder: a vision-language model as on the hub."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    template = (
+        "{% for message in messages %}<{{ message['role'] }}>{% for part in message['content'] %}"
+        "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    image_side, patch_side = 16, 8
+    text = tiny_qwen3(tokenizer).config
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=image_side,
+        patch_size=patch_side,
+    )
+    config = LlavaConfig(
+        text_config=text, vision_config=vision, image_token_index=tokenizer.convert_tokens_to_ids("<image>")
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(path)
+    LlavaProcessor(
+        CLIPImageProcessorPil(
+            size={"shortest_edge": image_side}, crop_size={"height": image_side, "width": image_side}
+        ),
+        tokenizer,
+        patch_size=patch_side,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # CLIP's class token
+        chat_template=template,
+    ).save_pretrained(path)
+    return str(path)
+
+
+def grpo_arguments(args) -> GRPOConfig:
+    """TRL's config with every value that it shares with an IBTPOConfig."""
+    names = {field for field in GRPOConfig.__dataclass_fields__ if GRPOConfig.__dataclass_fields__[field].init}
+    shared = {name: getattr(args, name) for name in names if name not in ("generation_batch_size", "logging_dir")}
+    return GRPOConfig(**shared)
 
 
 def questions(count: int = 64, conversational: bool = False) -> Dataset:
