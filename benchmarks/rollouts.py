@@ -9,7 +9,7 @@ own. Modes, all with the paper's tree (4, 9, 1, 1) unless said:
 - `reproducible`: the same with `reproducible_rollouts`, a seed per request;
 - `independent_12`: as many rollouts as the tree has trajectories;
 - `lock_step`: every round waits for all trees;
-- `tree` with `lookahead` 0 (the paper, without barriers between trees), 1, 2, 4, 8.
+- `tree` with `lookahead` 0 (the paper, without barriers between trees) and more.
 
 `steps_per_token` counts engine steps and does not depend on the machine; where a step costs the same whatever the
 batch, as on a GPU bound by memory, wall clock tends to it.
@@ -108,7 +108,7 @@ MODES = [
     Mode("reproducible", settings={**INDEPENDENT, "initial_rollouts": 8}, request_seeds=True),
     Mode("independent_12", settings={**INDEPENDENT, "initial_rollouts": 12}),
     Mode("lock_step", lock_step=True),
-    *(Mode("tree", lookahead) for lookahead in (0, 1, 2, 4, 8)),
+    *(Mode("tree", lookahead) for lookahead in (0, 1, 2, 3, 4, 8)),
 ]
 
 

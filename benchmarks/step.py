@@ -2,12 +2,13 @@
 
     python -m benchmarks.step [--quick] [--json FILE]
 
-Real trainers on the real vLLM engine, with the same model, questions, sampling and number of questions per step; a
+Real trainers on one real vLLM engine, with the same model, questions, sampling and number of questions per step; a
 micro-batch holds one question. `grpo` is TRL's GRPOTrainer, `ibtpo` the paper's tree (4, 9, 1, 1) without and with
 `branch_lookahead`, `ibtpo_unpacked` the same with TRL's forward. The model is random, so that completions end where
 chance lets them; rewards cost nothing.
 """
 
+import copy
 import os
 import random
 import tempfile
@@ -22,7 +23,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks import common
 from trl_ibtpo import IBTPOConfig, IBTPOTrainer
-from trl_ibtpo.engines.vllm import CPUVLLMGeneration, runs_on_cpu
+from trl_ibtpo.engines.vllm import runs_on_cpu
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -41,8 +42,8 @@ METHODS = [
     Method("grpo", 8),
     Method("grpo", 12),
     Method("ibtpo", 12),
-    Method("ibtpo", 12, lookahead=8),
-    Method("ibtpo_unpacked", 12, lookahead=8, packed=False),
+    Method("ibtpo", 12, lookahead=3),
+    Method("ibtpo_unpacked", 12, lookahead=3, packed=False),
 ]
 
 
@@ -75,11 +76,10 @@ def save_model(layers: int, hidden: int) -> str:
     return path
 
 
-def make_trainer(method: Method, path: str, questions: int, max_length: int, dataset: Dataset):
-    ours = method.name != "grpo"
+def make_trainers(path: str, questions: int, max_length: int, dataset: Dataset) -> tuple[GRPOTrainer, IBTPOTrainer]:
+    """A trainer of either kind; both generate with the engine that the second has started."""
     arguments = {
-        "output_dir": tempfile.mkdtemp(),
-        "per_device_train_batch_size": method.group_size,
+        "per_device_train_batch_size": 12,
         "gradient_accumulation_steps": questions,
         "max_steps": 2,
         "max_completion_length": max_length,
@@ -88,9 +88,9 @@ def make_trainer(method: Method, path: str, questions: int, max_length: int, dat
         "top_k": 0,
         "beta": 0.0,
         "loss_type": "grpo",
-        "use_vllm": True,
         "vllm_mode": "colocate",
         "vllm_max_model_length": 128 + max_length,
+        "vllm_importance_sampling_mode": "token_truncate",
         "bf16": False,
         "gradient_checkpointing": False,
         "use_cpu": runs_on_cpu(),
@@ -99,14 +99,14 @@ def make_trainer(method: Method, path: str, questions: int, max_length: int, dat
         "logging_steps": 1,
         "disable_tqdm": True,
     }
-    if ours:
-        args = IBTPOConfig(**arguments, step_delimiter="e")  # random weights write no blank lines
-        return IBTPOTrainer(path, reward, args, dataset)
-    args = GRPOConfig(**arguments, num_generations=method.group_size, vllm_importance_sampling_mode="token_truncate")
-    trainer = GRPOTrainer(path, reward, args, dataset)
-    if runs_on_cpu():
-        trainer.vllm_generation = CPUVLLMGeneration.adopt(trainer.vllm_generation)
-    return trainer
+    delimiter = "e"  # random weights write no blank lines
+    args = IBTPOConfig(tempfile.mkdtemp(), **arguments, use_vllm=True, step_delimiter=delimiter)
+    ibtpo = IBTPOTrainer(path, reward, args, dataset)
+    grpo = GRPOTrainer(path, reward, GRPOConfig(tempfile.mkdtemp(), **arguments, num_generations=12), dataset)
+    # A second engine would take its share of the memory, and half a minute to start.
+    grpo.use_vllm, grpo.vllm_generation = True, copy.copy(ibtpo.vllm_generation)
+    grpo.vllm_generation.model, grpo.vllm_generation.accelerator = grpo.model, grpo.accelerator
+    return grpo, ibtpo
 
 
 def run(trainer, method: Method, seed: int) -> dict[str, float]:
@@ -149,9 +149,7 @@ def main() -> None:
         [{"prompt": " ".join(f"What is {rng.randint(1, 9)} + {rng.randint(1, 9)}?" for _ in range(4))}] * 64
     )
     path = save_model(args.layers, args.hidden)
-    grpo, ibtpo = (
-        make_trainer(method, path, args.questions, args.max_length, dataset) for method in (METHODS[1], METHODS[2])
-    )
+    grpo, ibtpo = make_trainers(path, args.questions, args.max_length, dataset)
     runs: list[list[dict]] = [[] for _ in METHODS]
     with tqdm(total=args.repeats * len(METHODS), unit="run") as progress:
         for repeat in range(args.repeats):  # interleaved: every repeat measures every method

@@ -306,6 +306,9 @@ def reference(prompt: list[int], growth: GrowthSettings, seeds: list[int]):
         known = [value for value in leaves(node) if not math.isnan(value)]
         return sum(known) / len(known) if known else None
 
+    def answers(node):
+        return sum(density(child) is not None for child in children[node])
+
     def eta2(node):
         mean = sum(logprobs[node]) / (len(logprobs[node]) if growth.step_confidence == "geometric_mean" else 1)
         return math.exp(mean)
@@ -327,21 +330,25 @@ def reference(prompt: list[int], growth: GrowthSettings, seeds: list[int]):
         running.sort()
         clock, *ended = running.pop(0)
         join(*ended)
-        while launched < growth.leaves and len(running) <= growth.branch_lookahead:
-            for _, number, *rest in sorted(running, key=lambda each: each[1]):
-                if growth.branch_lookahead:
-                    sight(number, *rest)
+        for _, number, *rest in sorted(running, key=lambda each: each[1]):
+            if growth.branch_lookahead and launched < growth.leaves and len(running) <= growth.branch_lookahead:
+                sight(number, *rest)
+        more = growth.branch_lookahead + 1 if len(running) <= growth.branch_lookahead else 0
+        while launched < growth.leaves and more > 0:
             nodes = [node for node in range(1, len(parent)) if children[node]]
             nodes = [0, *nodes] if growth.allow_root_branching else nodes
             if not growth.allow_repeated_branching:
                 nodes = [node for node in nodes if node not in branched]
             under_way = {starts[number] for _, number, *_ in running}
-            # A stable sort: the earlier node first, those with a branch under way after all others.
-            ranked = sorted(nodes or [0], key=lambda node: (node in under_way, -priority(node)))
+            # A stable sort: the earlier node first, those that wait for a second answer after all others.
+            ranked = sorted(
+                nodes or [0], key=lambda node: (node in under_way and answers(node) < 2, -priority(node))
+            )
             chosen = [ranked[index % len(ranked)] for index in range(growth.nodes_per_level)]
             for node in chosen:
                 for _ in range(growth.branches_per_node):
                     launch(node)
+                    more -= 1
             branched.update(chosen)
     by_number = sorted(success, key=number_of.get)
     return [-1 if node is None else node for node in parent], tokens, logprobs, [success[node] for node in by_number]
@@ -402,30 +409,31 @@ class Running:
         return self.tokens[number][start:stop], [-2.0] * (stop - start)
 
 
-def test_lookahead_starts_a_round_early_with_what_is_then_known():
+@pytest.mark.parametrize(("success", "expected"), [(1.0, [9, 8]), (0.0, [9, 4])])
+def test_lookahead_starts_rounds_early_with_what_is_then_known(success, expected):
     growth = GrowthSettings(initial_rollouts=2, levels=4, max_completion_length=8, branch_lookahead=1)
     grower = TreeGrower([9], growth, Splitter())
     assert len(grower.next_requests()) == 2  # nothing is known yet
     finish(grower, 1, [8, 1], logprob=-3.0)  # ends at tick 2
     assert grower.next_requests() == []  # rollout 0 may end before that
     assert grower.next_requests(Running(rollout_0=[4])) == []  # or at that tick, and then it comes first
-    # Now it cannot: it will end at tick 3 or later. None of its steps is known to be followed by another.
-    (first,) = grower.next_requests(Running(rollout_0=[4, 4]))
-    assert first.prefix_ids == [9, 8]
-    finish(grower, 0, [4, 4, 1])  # ends at tick 3, as rollout 2 might, which started at tick 2
+    # Now it cannot: it will end at tick 3 or later. None of its steps is known to be followed by another, so the round
+    # and the one that lookahead adds to it both go to "8".
+    requests = grower.next_requests(Running(rollout_0=[4, 4]))
+    assert [request.prefix_ids for request in requests] == [[9, 8], [9, 8]]
+    finish(grower, 0, [4, 4, 1])  # ends at tick 3, as the branches might, which started at tick 2
     assert grower.next_requests() == []
-    # "8" is the least confident but has a branch under way.
-    (second,) = grower.next_requests(Running(rollout_2=[1]))
-    assert second.prefix_ids == [9, 4]
-    finish(grower, 3, [1], logprob=-4.0)  # ends at tick 4, and rollout 2 has not said that it is past it
+    finish(grower, 2, [1], success=success)  # at tick 3; rollout 3 has not said that it is past it
     assert grower.next_requests() == []
-    finish(grower, 2, [1, 1, 1])  # at tick 5; so "4" has children of confidence exp(-1) and exp(-4) when it is chosen
-    (third,) = grower.next_requests()
-    assert third.prefix_ids == [9, 4]
+    # "8" has two scored children, of confidence exp(-3) and exp(-1), so it may be chosen while a third is under way:
+    # it scores -1.2 * .21 where both are right, 3 * (.8 * .05 - 1.2 * .37) where the second is wrong; "4" -1.2 * .37.
+    (third,) = grower.next_requests(Running(rollout_3=[1]))
+    assert third.prefix_ids == expected
+    finish(grower, 3, [1, 1])
     finish(grower, 4, [1])
     assert grower.next_requests() == [] and grower.done
     assert grower.tree.branch_steps[:2] == [0, 0]  # leaves are in the order of submission
-    assert [len(grower.tree.trajectory(leaf)[0]) for leaf in range(5)] == [3, 2, 4, 2, 2]
+    assert [len(grower.tree.trajectory(leaf)[0]) for leaf in range(5)] == [3, 2, 2, 3, 2]
 
 
 def test_lookahead_branches_a_rollout_that_is_still_running():
@@ -436,7 +444,7 @@ def test_lookahead_branches_a_rollout_that_is_still_running():
     # By then rollout 0 has completed "3 4" and "4", and no answer is known: "3 4" has a child of confidence exp(-2).
     first, second = grower.next_requests(Running(rollout_0=[3, 4, 4, 1, 1, 4, 1, 1, 4]))
     assert first.prefix_ids == [9, 3, 4] and first.max_tokens == 14
-    assert second.prefix_ids == [9, 8]  # the score of "3 4" is about to change, so another step comes first
+    assert second.prefix_ids == [9, 8]  # the answers under "3 4" are under way, so another step comes first
     assert len(grower.tree.steps) == 1 + 3 + 2  # tokens after tick 5 are not looked at, nor the step they are in
     # The branch ends before the rollout it continues; the tree is the same as if both had ended in order.
     finish(grower, 2, [12])

@@ -84,9 +84,10 @@ class TreeGrower:
     Ask `next_requests` for the rollouts to submit now, hand back what finishes to `add_rollout` and its success to
     `add_success`, until `done`.
 
-    `branch_lookahead = d` lets a round start while up to `d` earlier rollouts are under way. It is chosen among the
-    steps that are complete by then, also those of running rollouts: where no answer is known, the score is its
-    confidence term alone, which needs none. `d = 0` is the paper exactly.
+    `branch_lookahead = d` lets a round start while up to `d` earlier rollouts are under way, and `d` more branches with
+    it. They are chosen among the steps that are complete by then, also those of running rollouts: where no answer is
+    known, the score is its confidence term alone, which needs none. So the first rounds go to several steps before
+    their answers are known, the later ones to those that the answers speak for. `d = 0` is the paper exactly.
 
     Args:
         prompt_ids: token ids of the question.
@@ -165,21 +166,30 @@ class TreeGrower:
         requests: list[RolloutRequest] = []
         while self.can_advance and self._end_next(running):
             # One rollout ends at a time, so that a decision knows what had ended by then and no more.
-            while len(self._branches) < self.settings.leaves and len(self._pending) <= self.settings.branch_lookahead:
-                for branch in self._pending:
-                    self._graft_complete_steps(branch, running)
-                steps = self._choose_steps()
-                requests += [self._submit(step) for step in steps for _ in range(self.settings.branches_per_node)]
+            if len(self._branches) < self.settings.leaves and len(self._pending) <= self.settings.branch_lookahead:
+                requests += self._start_rounds(running)
         return requests
 
-    def _choose_steps(self) -> list[int]:
-        """The steps of this round, chosen with what is in the tree."""
+    def _start_rounds(self, running: Running | None) -> list[RolloutRequest]:
+        """A round, and as many more as make `branch_lookahead` more branches, all chosen with what is in the tree."""
+        for branch in self._pending:
+            self._graft_complete_steps(branch, running)
+        scores, requests = self.scores(), []
+        while len(self._branches) < self.settings.leaves and len(requests) <= self.settings.branch_lookahead:
+            steps = self._choose_steps(scores)
+            requests += [self._submit(step) for step in steps for _ in range(self.settings.branches_per_node)]
+        return requests
+
+    def _choose_steps(self, scores: TreeScores) -> list[int]:
+        """The steps of one round."""
         strategy = STRATEGIES[self.settings.branching]
         eligible = self._eligible()
-        # The score of a step with a branch under way is about to change: look elsewhere first.
+        # Of a step with a single scored child rho = 1, so its score says nothing of the answer until a second is scored.
+        # While that branch is under way, look elsewhere first.
         last = np.zeros_like(eligible)
         last[[branch.after for branch in self._pending]] = True
-        steps = select_steps(strategy(self.scores(), self._rng), eligible, self.settings.nodes_per_level, last)
+        last &= scores.scored_children < 2
+        steps = select_steps(strategy(scores, self._rng), eligible, self.settings.nodes_per_level, last)
         self._branched.update(steps)
         return steps
 

@@ -47,9 +47,10 @@ class IBTPOConfig(GRPOConfig):
         allow_repeated_branching (`bool`, *optional*, defaults to `True`):
             Whether a step may be chosen in several rounds.
         branch_lookahead (`int`, *optional*, defaults to `0`):
-            How many rollouts of a tree may still run when a round is chosen. `0` is the paper exactly: a round is
-            chosen when all earlier rollouts are sampled and scored. A larger number keeps the engine fuller and
-            chooses with what is known so far; see docs/performance.md for what that costs.
+            How many rollouts of a tree may still run when a round starts, and how many more branches start with it.
+            `0` is the paper exactly: a round is chosen when all earlier rollouts are sampled and scored. A larger
+            number keeps the engine fuller and chooses with what is known so far; see docs/performance.md for what
+            that costs. `3` is recommended where generation with vLLM is the bottleneck.
         reproducible_rollouts (`bool`, *optional*, defaults to `False`):
             Whether every rollout is sampled from a seed of its own, so that the same seed and data grow the same trees
             whatever else the engine is doing and however many processes share the work. Costs throughput: see
@@ -197,8 +198,9 @@ class IBTPOConfig(GRPOConfig):
     branch_lookahead: int = field(
         default=0,
         metadata={
-            "help": "How many rollouts of a tree may still run when a round is chosen. 0 is the paper exactly; a "
-            "larger number keeps the engine fuller and chooses with what is known so far."
+            "help": "How many rollouts of a tree may still run when a round starts, and how many more branches start "
+            "with it. 0 is the paper exactly; a larger number keeps the engine fuller and chooses with what is known "
+            "so far."
         },
     )
     reproducible_rollouts: bool = field(

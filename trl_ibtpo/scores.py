@@ -36,6 +36,7 @@ class TreeScores:
     ib_score: np.ndarray  # NaN at steps without children
     mean_confidence: np.ndarray  # mean eta2 over all children; NaN at steps without children
     covariance: np.ndarray  # NaN at steps without children
+    scored_children: np.ndarray  # how many children have a scored leaf
 
 
 def step_confidence(tree: RolloutTree, kind: StepConfidence = "geometric_mean") -> np.ndarray:
@@ -89,8 +90,8 @@ def score_tree(
     known = ~np.isnan(eta1)
     known[0] = False
     # Where no child is scored, every child counts, with rho := 1.
-    any_known = np.bincount(parents[known], minlength=len(parents)) > 0
-    counted = known | ~any_known[parents]
+    scored_children = np.bincount(parents[known], minlength=len(parents))
+    counted = known | (scored_children == 0)[parents]
     counted[0] = False
     eta1_counted = np.where(known, eta1, -1 / beta)
 
@@ -105,4 +106,5 @@ def score_tree(
         ib_score=(1 + beta) * mean_product,
         mean_confidence=child_mean(eta2, parents, parents >= 0),
         covariance=mean_product - mean_eta1 * mean_eta2,
+        scored_children=scored_children,
     )
