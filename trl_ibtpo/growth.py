@@ -84,10 +84,10 @@ class TreeGrower:
     Ask `next_requests` for the rollouts to submit now, hand back what finishes to `add_rollout` and its success to
     `add_success`, until `done`.
 
-    `branch_lookahead = d` lets a round start while up to `d` earlier rollouts are under way, and `d` more branches with
-    it. They are chosen among the steps that are complete by then, also those of running rollouts: where no answer is
-    known, the score is its confidence term alone, which needs none. So the first rounds go to several steps before
-    their answers are known, the later ones to those that the answers speak for. `d = 0` is the paper exactly.
+    `branch_lookahead = d` lets a round start while up to `d` earlier rollouts are under way, and `d` more branches
+    with it. They are chosen among the steps that are complete by then, also those of running rollouts: where no
+    answer is known, the score is its confidence term alone, which needs none. So the first rounds go to several steps
+    before their answers are known, the later ones to those that the answers speak for. `d = 0` is the paper exactly.
 
     Args:
         prompt_ids: token ids of the question.
@@ -184,8 +184,8 @@ class TreeGrower:
         """The steps of one round."""
         strategy = STRATEGIES[self.settings.branching]
         eligible = self._eligible()
-        # Of a step with a single scored child rho = 1, so its score says nothing of the answer until a second is scored.
-        # While that branch is under way, look elsewhere first.
+        # With a single scored child rho = 1, so the score of a step says nothing of the answer until a second one is
+        # scored. While that branch is under way, look elsewhere first.
         last = np.zeros_like(eligible)
         last[[branch.after for branch in self._pending]] = True
         last &= scores.scored_children < 2
