@@ -341,9 +341,7 @@ def reference(prompt: list[int], growth: GrowthSettings, seeds: list[int]):
                 nodes = [node for node in nodes if node not in branched]
             under_way = {starts[number] for _, number, *_ in running}
             # A stable sort: the earlier node first, those that wait for a second answer after all others.
-            ranked = sorted(
-                nodes or [0], key=lambda node: (node in under_way and answers(node) < 2, -priority(node))
-            )
+            ranked = sorted(nodes or [0], key=lambda node: (node in under_way and answers(node) < 2, -priority(node)))
             chosen = [ranked[index % len(ranked)] for index in range(growth.nodes_per_level)]
             for node in chosen:
                 for _ in range(growth.branches_per_node):
