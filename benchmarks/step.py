@@ -43,6 +43,7 @@ METHODS = [
     Method("grpo", 12),
     Method("ibtpo", 12),
     Method("ibtpo", 12, lookahead=3),
+    Method("ibtpo", 12, lookahead=8),
     Method("ibtpo_unpacked", 12, lookahead=3, packed=False),
 ]
 
