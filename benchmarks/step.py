@@ -4,8 +4,8 @@
 
 Real trainers on one real vLLM engine, with the same model, questions, sampling and number of questions per step; a
 micro-batch holds one question. `grpo` is TRL's GRPOTrainer, `ibtpo` the paper's tree (4, 9, 1, 1) without and with
-`branch_lookahead`, `ibtpo_unpacked` the same with TRL's forward. The model is random, so that completions end where
-chance lets them; rewards cost nothing.
+`branch_lookahead`, `ibtpo_unpacked` the same with TRL's forward. The task is the quickstart's with longer sums. The
+model was shown worked solutions for long enough to write whole ones of its own, right or wrong; rewards cost nothing.
 """
 
 import copy
@@ -16,18 +16,22 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import reasoning_gym
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import Qwen3ForCausalLM, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from transformers import Qwen3ForCausalLM, TrainerCallback, set_seed
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from benchmarks import common
+from examples import quickstart
 from trl_ibtpo import IBTPOConfig, IBTPOTrainer
 from trl_ibtpo.engines.vllm import runs_on_cpu
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29513")
+
+PROMPT_TOKENS = 160  # of the longest sums, and some more
 
 
 @dataclass
@@ -65,14 +69,27 @@ def reward(completion_ids, **kwargs) -> list[float]:
     return [float(sum(ids) % 3 == 0) for ids in completion_ids]
 
 
-def save_model(layers: int, hidden: int) -> str:
-    import tiny
-
-    path, tokenizer = tempfile.mkdtemp(), tiny.byte_level_tokenizer()
+def warm_model(layers: int, hidden: int, entries: list[dict], steps: int) -> str:
+    """A model that writes worked solutions, in a folder with its tokenizer."""
+    set_seed(0)
+    path, rng = tempfile.mkdtemp(), random.Random(0)
+    rows = [{"prompt": entry["question"], "completion": quickstart.worked_solution(entry, rng)} for entry in entries]
+    tokenizer = quickstart.build_tokenizer([row["prompt"] + row["completion"] for row in rows[:500]])
     config = common.qwen3_config(
         layers, hidden, len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    Qwen3ForCausalLM(config).save_pretrained(path)
+    args = SFTConfig(
+        **{**quickstart.PLAIN, "output_dir": tempfile.mkdtemp()},
+        max_steps=steps,
+        per_device_train_batch_size=16,
+        learning_rate=2e-3,
+        warmup_steps=min(10, steps),
+        lr_scheduler_type="cosine",
+        logging_steps=50,
+    )
+    model = Qwen3ForCausalLM(config)
+    SFTTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer).train()
+    model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
@@ -90,7 +107,7 @@ def make_trainers(path: str, questions: int, max_length: int, dataset: Dataset) 
         "beta": 0.0,
         "loss_type": "grpo",
         "vllm_mode": "colocate",
-        "vllm_max_model_length": 128 + max_length,
+        "vllm_max_model_length": PROMPT_TOKENS + max_length,
         "vllm_importance_sampling_mode": "token_truncate",
         "bf16": False,
         "gradient_checkpointing": False,
@@ -100,8 +117,7 @@ def make_trainers(path: str, questions: int, max_length: int, dataset: Dataset) 
         "logging_steps": 1,
         "disable_tqdm": True,
     }
-    delimiter = "e"  # random weights write no blank lines
-    args = IBTPOConfig(tempfile.mkdtemp(), **arguments, use_vllm=True, step_delimiter=delimiter)
+    args = IBTPOConfig(tempfile.mkdtemp(), **arguments, use_vllm=True)
     ibtpo = IBTPOTrainer(path, reward, args, dataset)
     grpo = GRPOTrainer(path, reward, GRPOConfig(tempfile.mkdtemp(), **arguments, num_generations=12), dataset)
     # A second engine would take its share of the memory, and half a minute to start.
@@ -140,16 +156,20 @@ def main() -> None:
     arguments.add_argument("--questions", type=int, default=8, help="per optimizer step")
     arguments.add_argument("--layers", type=int, default=4)
     arguments.add_argument("--hidden", type=int, default=256)
+    arguments.add_argument("--warm-steps", type=int, default=150, help="supervised steps before the measurement")
     arguments.add_argument("--max-length", type=int, default=384, help="tokens of a completion")
     args = arguments.parse_args()
     if args.quick:
         os.environ["VLLM_CPU_CI_ENV"] = "1"
         args.repeats, args.questions, args.layers, args.hidden, args.max_length = 1, 2, 1, 128, 24
-    rng = random.Random(0)
-    dataset = Dataset.from_list(
-        [{"prompt": " ".join(f"What is {rng.randint(1, 9)} + {rng.randint(1, 9)}?" for _ in range(4))}] * 64
+        args.warm_steps = 2
+    entries = list(
+        reasoning_gym.create_dataset(
+            "chain_sum", size=4096, seed=0, min_terms=8, max_terms=24, min_digits=1, max_digits=1
+        )
     )
-    path = save_model(args.layers, args.hidden)
+    dataset = Dataset.from_list([{"prompt": entry["question"]} for entry in entries])
+    path = warm_model(args.layers, args.hidden, entries, args.warm_steps)
     grpo, ibtpo = make_trainers(path, args.questions, args.max_length, dataset)
     runs: list[list[dict]] = [[] for _ in METHODS]
     with tqdm(total=args.repeats * len(METHODS), unit="run") as progress:
