@@ -178,7 +178,7 @@ def main() -> None:
     arguments.add_argument("--hidden", type=int, default=512)
     args = arguments.parse_args()
     if args.quick:
-        args.questions, args.repeats, args.layers, args.hidden = [4], 1, 2, 64
+        args.questions, args.repeats, args.layers, args.hidden = [2], 1, 2, 64
     generation = start_engine(args.layers, args.hidden, 12 * max(args.questions), args.quick)
     run(generation, MODES[0], min(args.questions), seed=99)  # warm up
     rows = []
