@@ -21,9 +21,9 @@ from transformers import GenerationConfig
 
 from benchmarks import common
 from examples import quickstart
-from trl_ibtpo.engines import Rollout, RolloutRequest
+from trl_ibtpo.engines.base import Rollout, RolloutRequest
 from trl_ibtpo.engines.transformers import TransformersEngine
-from trl_ibtpo.growth import GrowthSettings, TreeGrower, grow_trees
+from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive
 from trl_ibtpo.steps import StepSplitter
 
 INDEPENDENT = {"branching": "independent", "levels": 1}
@@ -111,7 +111,7 @@ def measure(engine: SharedSamples, tokenizer, entries, overrides: dict, seed: in
         for index, entry in enumerate(entries)
     ]
     engine.rewind()
-    grow_trees(growers, engine, Verifier(tokenizer, entries))
+    drive(growers, engine, Verifier(tokenizer, entries))
     success = np.array([grower.success for grower in growers])
     return {
         "effective_rate": (success.min(1) < success.max(1)).astype(float),

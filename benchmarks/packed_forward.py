@@ -23,9 +23,10 @@ from transformers import Qwen3ForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from benchmarks import common
-from trl_ibtpo.engines import Rollout
-from trl_ibtpo.growth import GrowthSettings, TreeGrower, grow_trees
-from trl_ibtpo.packing import pack_prefixes, packed_logps_and_entropies, prepare_model
+from trl_ibtpo.engines.base import Rollout
+from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive
+from trl_ibtpo.prefix_sharing.attention import packed_logps_and_entropies, prepare_model
+from trl_ibtpo.prefix_sharing.trie import pack_prefixes
 
 STEP_TOKENS, LENGTH_SIGMA = 32, 0.6
 SHAPES = {
@@ -74,7 +75,7 @@ def make_batch(settings: dict, seed: int, max_length: int, vocabulary: int, devi
     prompt = [rng.randrange(vocabulary) for _ in range(rng.randint(100, 300) if max_length > 256 else 20)]
     steps = common.FixedSteps(STEP_TOKENS)
     grower = TreeGrower(prompt, GrowthSettings(max_completion_length=max_length, **settings), steps, (seed,))
-    grow_trees([grower], RandomRollouts(seed, len(prompt), 0.4 * max_length, vocabulary), common.CoinReward())
+    drive([grower], RandomRollouts(seed, len(prompt), 0.4 * max_length, vocabulary), common.CoinReward())
     completions = [grower.tree.trajectory(leaf)[0] for leaf in range(len(grower.tree.leaves))]
     kept = max(map(len, completions))
     input_ids = torch.zeros(len(completions), len(prompt) + kept, dtype=torch.long, device=device)

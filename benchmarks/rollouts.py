@@ -26,9 +26,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from benchmarks import common
-from trl_ibtpo.engines import RolloutRequest
+from trl_ibtpo.engines.base import RolloutRequest
 from trl_ibtpo.engines.vllm import VLLMEngine
-from trl_ibtpo.growth import GrowthSettings, TreeGrower, grow_trees
+from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive
 
 PROMPT_TOKENS, STEP_TOKENS = 64, 12
 MEDIAN_LENGTH, LENGTH_SIGMA, MAX_LENGTH = 80, 0.6, 256  # tokens of a completion
@@ -158,7 +158,7 @@ def run(generation, mode: Mode, questions: int, seed: int) -> dict[str, float]:
     ]
     engine = ScriptedLengths(generation, seed, mode.request_seeds)
     begin = time.perf_counter()
-    grow_trees(growers, LockStep(engine) if mode.lock_step else engine, common.CoinReward())
+    drive(growers, LockStep(engine) if mode.lock_step else engine, common.CoinReward())
     seconds = time.perf_counter() - begin
     tokens = sum(grower.tree.generated_tokens for grower in growers)
     return {

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from benchmarks import common
 from benchmarks.rollouts import start_engine
 from trl_ibtpo.engines.vllm import VLLMEngine
-from trl_ibtpo.growth import GrowthSettings, TreeGrower, grow_trees
+from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive
 
 
 class Aborted(Exception):
@@ -60,9 +60,7 @@ def batch(generation, rng: random.Random) -> str:
             raise Aborted
 
     try:
-        grow_trees(
-            growers, VLLMEngine(generation), Scorer(rng.randrange(1, 4) if fate == "failed" else None), on_rollout
-        )
+        drive(growers, VLLMEngine(generation), Scorer(rng.randrange(1, 4) if fate == "failed" else None), on_rollout)
     except (Aborted, ValueError):
         assert fate != "grown"
     else:

@@ -25,7 +25,7 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from benchmarks import common
 from examples import quickstart
 from trl_ibtpo import IBTPOConfig, IBTPOTrainer
-from trl_ibtpo.engines.vllm import runs_on_cpu
+from trl_ibtpo.engines.vllm_cpu import runs_on_cpu
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
 from trl import SFTConfig, SFTTrainer
 
 from trl_ibtpo import IBTPOConfig, IBTPOTrainer
-from trl_ibtpo.drawing import draw_learning_curve, draw_tree
+from trl_ibtpo.viewing.drawing import draw_learning_curve, draw_tree
 
 SLIPS = 0.5  # share of the steps that the careless writer of worked solutions gets wrong
 TREES_PER_STEP = 16

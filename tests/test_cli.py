@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from trl_ibtpo import cli
-from trl_ibtpo.cli import main
+from trl_ibtpo.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,7 +53,8 @@ def test_help(command, words):
 
 def test_help_loads_no_torch():
     code = (
-        "import sys; from trl_ibtpo.cli import make_parser; make_parser().format_help(); print('torch' in sys.modules)"
+        "import sys; from trl_ibtpo.cli.main import make_parser; make_parser().format_help(); "
+        "print('torch' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.strip() == "False"

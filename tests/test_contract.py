@@ -5,7 +5,8 @@ import inspect
 import pytest
 from trl import GRPOTrainer
 
-from trl_ibtpo import IBTPOTrainer, compat
+from trl_ibtpo import IBTPOTrainer
+from trl_ibtpo.training import hooks
 
 # What IBTPOTrainer and the classes it mixes in define themselves.
 OURS = IBTPOTrainer.__mro__[: IBTPOTrainer.__mro__.index(GRPOTrainer)]
@@ -13,11 +14,11 @@ MINE = {name: value for each in OURS for name, value in vars(each).items()}
 
 
 def test_installed_trl_has_every_hook():
-    compat.check_hooks(GRPOTrainer)
+    hooks.check_hooks(GRPOTrainer)
 
 
 def test_overrides_keep_the_signature_of_trl():
-    overridden = [name for name in compat.HOOKS if name in MINE]
+    overridden = [name for name in hooks.HOOKS if name in MINE]
     assert {"_generate_and_score_completions", "_generate_single_turn", "_calculate_rewards"} <= set(overridden)
     for name in overridden:
         ours, theirs = (tuple(inspect.signature(getattr(c, name)).parameters) for c in (IBTPOTrainer, GRPOTrainer))
@@ -26,7 +27,7 @@ def test_overrides_keep_the_signature_of_trl():
 
 def test_no_private_method_of_trl_is_overridden_by_accident():
     """A new TRL release may add a method whose name this package already uses."""
-    meant = {*compat.HOOKS, "train", "create_model_card"}
+    meant = {*hooks.HOOKS, "train", "create_model_card"}
     mine = {name for name, value in MINE.items() if callable(value) and not name.startswith("__")}
     clashes = {name for name in mine - meant if hasattr(GRPOTrainer, name)}
     assert not clashes, f"These names are TRL's too, and would replace its methods: {sorted(clashes)}."
@@ -37,8 +38,8 @@ def test_changed_hook_is_named_in_a_sentence():
         def _calculate_rewards(self, inputs, prompts, completions):
             pass
 
-    with pytest.raises(compat.UnsupportedTRLError) as error:
-        compat.check_hooks(Renamed)
+    with pytest.raises(hooks.UnsupportedTRLError) as error:
+        hooks.check_hooks(Renamed)
     message = str(error.value)
     assert (
         "changed `Renamed._calculate_rewards` from (self, inputs, prompts, completions, completion_ids_list)"
@@ -51,5 +52,5 @@ def test_missing_hook_is_named_in_a_sentence():
     class Other:
         pass
 
-    with pytest.raises(compat.UnsupportedTRLError, match=r"has no `Other\._generate_and_score_completions`"):
-        compat.check_hooks(Other)
+    with pytest.raises(hooks.UnsupportedTRLError, match=r"has no `Other\._generate_and_score_completions`"):
+        hooks.check_hooks(Other)

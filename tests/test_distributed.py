@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from transformers import Qwen3ForCausalLM
 from trl.distributed import DistributedBackend
 
-from trl_ibtpo import compat
+from trl_ibtpo.training import checks
 
 SCENARIOS = (
     "twenty",
@@ -133,7 +133,7 @@ def test_sharding_that_would_wait_for_ever_is_refused(config, backend_changes, f
     for name, value in backend_changes.items():
         setattr(backend, name, value)
     if message is None:
-        compat.refuse_sharded_growth(backend, config(**field))
+        checks.refuse_sharded_growth(backend, config(**field))
     else:
         with pytest.raises(ValueError, match=message):
-            compat.refuse_sharded_growth(backend, config(**field))
+            checks.refuse_sharded_growth(backend, config(**field))

@@ -8,9 +8,9 @@ import warnings
 import numpy as np
 import pytest
 
-from trl_ibtpo.drawing import draw_learning_curve, draw_tree
 from trl_ibtpo.scores import score_tree
 from trl_ibtpo.tree import RolloutTree
+from trl_ibtpo.viewing.drawing import draw_learning_curve, draw_tree
 
 PNG = b"\x89PNG"
 
@@ -100,6 +100,6 @@ def test_curve_leaves_out_what_was_not_logged():
 
 
 def test_import_does_not_load_matplotlib():
-    code = "import sys, trl_ibtpo.drawing; print('matplotlib' in sys.modules)"
+    code = "import sys, trl_ibtpo.viewing.drawing; print('matplotlib' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from trl_ibtpo import harness
-from trl_ibtpo.cli import main
-from trl_ibtpo.evaluation import Grader, estimate, pass_at_k, read_questions, summarise
-from trl_ibtpo.samples import SamplesFile
+from trl_ibtpo.cli.main import main
+from trl_ibtpo.evaluation.estimates import estimate, pass_at_k, summarise
+from trl_ibtpo.evaluation.questions import Grader, read_questions
+from trl_ibtpo.evaluation.samples import SamplesFile
 
 
 @pytest.fixture(scope="module")

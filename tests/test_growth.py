@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_ibtpo.advantages import ibtpo, per_token
-from trl_ibtpo.engines import Rollout
-from trl_ibtpo.growth import GrowthSettings, TreeGrower, grow_trees
+from trl_ibtpo.engines.base import Rollout
+from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive
 
 PROMPTS = [[901], [902, 903], [904, 905, 906]]
 
@@ -126,7 +126,7 @@ def grow(growth: GrowthSettings, prompts=PROMPTS, seed=0, order=0) -> tuple[list
     engine = Engine(order)
     scorer = Scorer(engine, order + 1)
     calls = []
-    grow_trees(growers, engine, scorer, on_rollout=lambda: calls.append(1))
+    drive(growers, engine, scorer, on_rollout=lambda: calls.append(1))
     assert all(grower.done for grower in growers)
     assert len(calls) == len(engine.rollouts) == len(scorer.seen) == len(prompts) * growth.leaves
     return growers, engine
@@ -199,7 +199,7 @@ def test_a_tree_does_not_depend_on_the_order_of_completion(growth, seed, order, 
     # ... nor on the trees that grow beside it.
     alone = TreeGrower(PROMPTS[1], growth, Splitter(), (seed, 1))
     engine = Engine(order)
-    grow_trees([alone], engine, Scorer(engine, order))
+    drive([alone], engine, Scorer(engine, order))
     assert snapshot(alone) == snapshot(first[1])
 
 
@@ -514,7 +514,7 @@ def test_no_tree_waits_for_another():
     steps_of_first_tree = []
     scorer = Scorer(engine)
     scorer.collect = lambda wait: [scorer.pending.pop() for _ in range(len(scorer.pending))]
-    grow_trees(growers, engine, scorer, on_rollout=lambda: steps_of_first_tree.append(len(growers[0].tree.steps)))
+    drive(growers, engine, scorer, on_rollout=lambda: steps_of_first_tree.append(len(growers[0].tree.steps)))
     assert steps_of_first_tree[: growth.leaves] == [1] * growth.leaves  # the root alone
     assert growers[0].done and growers[1].done
 
@@ -530,7 +530,7 @@ def test_independent_rollouts_are_submitted_at_once():
 
 
 def test_no_trees_need_no_engine():
-    grow_trees([], None, None)
+    drive([], None, None)
 
 
 @settings(max_examples=60, **ANY)
@@ -582,7 +582,7 @@ def test_an_exception_leaves_the_engine_empty(where, error):
         target = {"engine": engine, "scorer": scorer}[owner]
         setattr(target, name, fail_later(getattr(target, name)))
     with pytest.raises(error, match="told to"):
-        grow_trees(growers, engine, scorer, on_rollout)
+        drive(growers, engine, scorer, on_rollout)
     assert not engine.in_flight and scorer.cancelled
 
 
@@ -596,5 +596,5 @@ def test_an_engine_that_breaks_its_promise_is_an_error(extra, found):
     scorer = Scorer(engine)
     growers = [TreeGrower([9], GrowthSettings(max_completion_length=40), Splitter())]
     with pytest.raises(RuntimeError, match=f"returned {found} tokens for a rollout that asked for 1 to 40"):
-        grow_trees(growers, engine, scorer)
+        drive(growers, engine, scorer)
     assert not engine.in_flight and scorer.cancelled and not scorer.seen

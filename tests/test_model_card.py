@@ -12,8 +12,8 @@ from trl import GRPOConfig
 
 from trl_ibtpo import IBTPOConfig, IBTPOTrainer
 from trl_ibtpo.growth import GrowthSettings, TreeGrower
-from trl_ibtpo.model_card import GrownTree, as_text, complete_card, tree_to_show
 from trl_ibtpo.scores import score_tree
+from trl_ibtpo.training.model_card import GrownTree, as_text, complete_card, tree_to_show
 from trl_ibtpo.tree import RolloutTree
 
 BARE_CARD = """\

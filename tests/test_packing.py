@@ -28,15 +28,14 @@ from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_ibtpo import IBTPOTrainer
-from trl_ibtpo.packing import (
-    BLOCK,
-    keep_groups_together,
+from trl_ibtpo.prefix_sharing.attention import (
     model_arguments,
-    pack_prefixes,
     packed_logps_and_entropies,
     prepare_model,
     why_not_packed,
 )
+from trl_ibtpo.prefix_sharing.trainer_mixin import keep_groups_together
+from trl_ibtpo.prefix_sharing.trie import BLOCK, pack_prefixes
 
 VOCABULARY = 40
 SHAPE = {

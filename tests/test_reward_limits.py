@@ -21,8 +21,8 @@ from transformers import (
 from trl.rewards import accuracy_reward
 
 from trl_ibtpo import IBTPOTrainer
-from trl_ibtpo.rewards import RewardFunctionError
-from trl_ibtpo.time_limit import TimeLimitExceeded, call_within
+from trl_ibtpo.training.rewards import RewardFunctionError
+from trl_ibtpo.training.time_limit import TimeLimitExceeded, call_within
 
 LONG = 60  # seconds; what is not interrupted ends after them, so that a test fails rather than hangs
 

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 
-from trl_ibtpo.rewards import RewardFunctionError, RewardScorer
+from trl_ibtpo.training.rewards import RewardFunctionError, RewardScorer
 
 GROUP = 3
 INPUTS = [

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from trl import GRPOTrainer
 
 from trl_ibtpo import IBTPOTrainer
-from trl_ibtpo.engines import Rollout
+from trl_ibtpo.engines.base import Rollout
 
 FLAT = {"tree_levels": 1, "ib_coef": 0.0, "tree_initial_rollouts": 4, "per_device_train_batch_size": 8}
 

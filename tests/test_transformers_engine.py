@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
-from trl_ibtpo.engines import RolloutRequest
+from trl_ibtpo.engines.base import RolloutRequest
 from trl_ibtpo.engines.transformers import TransformersEngine
 
 TOKENIZER = tiny.byte_level_tokenizer()

@@ -16,11 +16,12 @@ import torch
 from peft import LoraConfig
 
 from trl_ibtpo import IBTPOConfig, IBTPOTrainer
-from trl_ibtpo.engines import RolloutRequest
-from trl_ibtpo.engines.vllm import CPUVLLMGeneration, VLLMEngine, check_room
-from trl_ibtpo.growth import GrowthSettings, TreeGrower, grow_trees
-from trl_ibtpo.rewards import RewardFunctionError
+from trl_ibtpo.engines.base import RolloutRequest
+from trl_ibtpo.engines.vllm import VLLMEngine, check_room
+from trl_ibtpo.engines.vllm_cpu import CPUVLLMGeneration
+from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive
 from trl_ibtpo.steps import StepSplitter
+from trl_ibtpo.training.rewards import RewardFunctionError
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -146,7 +147,7 @@ def grow(trainer, wrap, lookahead=0, questions=6) -> list:
         for index, row in enumerate(list(tiny.questions())[:questions])
     ]
     engine = trainer._vllm_engine()
-    grow_trees(growers, wrap(engine), EvenTokens())
+    drive(growers, wrap(engine), EvenTokens())
     return [[grower.tree.trajectory(leaf)[0] for leaf in range(12)] for grower in growers]
 
 
@@ -231,7 +232,7 @@ def test_interrupt_leaves_the_engine_empty(untied):
 
     growers = [TreeGrower([5, 6, 7], GrowthSettings(max_completion_length=20), StepSplitter(untied.processing_class))]
     with pytest.raises(KeyboardInterrupt):
-        grow_trees(growers, VLLMEngine(untied.vllm_generation), Interrupted())
+        drive(growers, VLLMEngine(untied.vllm_generation), Interrupted())
     assert not in_engine(untied)
 
 

@@ -17,8 +17,8 @@ from test_vllm import EvenTokens
 from transformers import AutoModelForCausalLM
 from trl.generation.vllm_client import VLLMClient
 
-from trl_ibtpo.engines.vllm import VLLMServerEngine
-from trl_ibtpo.growth import GrowthSettings, TreeGrower, grow_trees
+from trl_ibtpo.engines.vllm_server import VLLMServerEngine
+from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive
 from trl_ibtpo.steps import StepSplitter
 
 SAMPLING = {
@@ -71,7 +71,7 @@ def grow(client, tokenizer, lookahead=0, scorer=None):
     max_length = client.get_server_info()["model_config"]["max_model_len"]
     with VLLMServerEngine(client, SAMPLING, max_length).awake() as engine:
         assert engine.max_length == 256
-        grow_trees(growers, engine, scorer or EvenTokens())
+        drive(growers, engine, scorer or EvenTokens())
         assert not engine._in_flight
     return growers
 

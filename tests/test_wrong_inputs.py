@@ -8,7 +8,7 @@ from datasets import Dataset, IterableDataset
 from trl import GRPOConfig
 
 from trl_ibtpo import IBTPOTrainer
-from trl_ibtpo.rewards import RewardFunctionError
+from trl_ibtpo.training.rewards import RewardFunctionError
 
 
 def raises(completions, **kwargs):

@@ -2,7 +2,7 @@
 
 A tree depends only on itself, so each is a state machine (`TreeGrower`): `B0` rollouts from the question, then `L - 1`
 rounds, each choosing `K` steps and continuing each of them with `B` rollouts. As soon as a round is complete
-(sampled and scored) its own tree submits the next; `grow_trees` drives all trees over one engine.
+(sampled and scored) its own tree submits the next; `drive` drives all trees over one engine.
 
 A tree depends on its seeds and rewards alone, whatever order the engine finishes rollouts in. Its own clock sees to
 that: time is counted in tokens, as if every rollout gained one token a tick from the moment it was decided on. A
@@ -281,7 +281,7 @@ class _RunningOnEngine:
         return self.engine.partial(f"{self.tree}-{number}", start, stop)
 
 
-def grow_trees(
+def drive(
     growers: Sequence[TreeGrower],
     engine: RolloutEngine,
     scorer: LeafScorer,

@@ -14,21 +14,19 @@ from accelerate.utils import gather_object, is_peft_model
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
-from . import compat
 from .advantages import ADVANTAGES, per_token
-from .checkpoints import WholeCheckpoints
-from .engines.vllm import (
-    CPUVLLMGeneration,
-    runs_on_cpu,
-)
-from .generation import TreeGeneration
+from .engines.vllm_cpu import CPUVLLMGeneration, runs_on_cpu
 from .growth import TreeGrower
 from .ibtpo_config import IBTPOConfig
-from .metrics import TreeMetrics
-from .model_card import GrownTree, complete_card, tree_to_show
-from .rewards import RewardScorer
-from .shared_forward import PrefixSharedForward
+from .prefix_sharing.trainer_mixin import PrefixSharedForward
 from .steps import StepSplitter
+from .training import checks
+from .training.checkpoints import WholeCheckpoints
+from .training.generation import TreeGeneration
+from .training.hooks import check_hooks
+from .training.metrics import TreeMetrics
+from .training.model_card import GrownTree, complete_card, tree_to_show
+from .training.rewards import RewardScorer
 
 
 class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTrainer):
@@ -95,8 +93,8 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             raise TypeError(
                 f"`args` is a {type(args).__name__}; IBTPOTrainer needs an IBTPOConfig, which takes the same fields."
             )
-        compat.check_hooks(GRPOTrainer)
-        compat.refuse_unsupported(model, reward_funcs, args, train_dataset, processing_class, kwargs)
+        check_hooks(GRPOTrainer)
+        checks.refuse_unsupported(model, reward_funcs, args, train_dataset, processing_class, kwargs)
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -106,10 +104,10 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             processing_class=processing_class,
             **kwargs,
         )
-        compat.check_tokenizer(self._tokenizer)
+        checks.check_tokenizer(self._tokenizer)
         if self.use_vllm and self.vllm_mode == "colocate" and runs_on_cpu():
             self.vllm_generation = CPUVLLMGeneration.adopt(self.vllm_generation)
-        compat.refuse_sharded_growth(self._dist, args)
+        checks.refuse_sharded_growth(self._dist, args)
         self._check_process_share()
         self._packed_forward, self._packed_reason = self._choose_forward()
         self._success_index = self._find_success_reward()
@@ -141,7 +139,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)
-        compat.check_rows(inputs)
+        checks.check_rows(inputs)
         self._tree_inputs = inputs
         try:
             output = super()._generate_and_score_completions(inputs)
@@ -158,7 +156,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
         if images is not None:
-            raise ValueError(compat.NO_IMAGES)
+            raise ValueError(checks.NO_IMAGES)
         self._growers, self._scorer = self._grow(self._tree_inputs, prompt_ids)
         trajectories = [grower.tree.trajectory(leaf) for grower in self._growers for leaf in range(num_generations)]
         completion_ids = [token_ids for token_ids, _ in trajectories]

@@ -6,10 +6,7 @@ token ids, so vLLM's prefix cache (on by default) finds the blocks that earlier 
 """
 
 import itertools
-import math
-import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -127,121 +124,11 @@ def _with_logprobs(token_ids: Sequence[int], entries: Sequence[dict]) -> tuple[l
     return list(token_ids), [entry[token_id].logprob for entry, token_id in zip(entries, token_ids, strict=True)]
 
 
-class VLLMServerEngine:
-    """A `vllm serve` on another machine, through TRL's client; every rollout is a request of its own.
-
-    The server batches what arrives, so trees need not wait for each other here either. A poll returns as soon as one
-    rollout is finished. With `branch_lookahead` above 0 rollouts join a tree in the order in which their answers
-    arrive, so that trees then depend on timing.
-
-    Args:
-        client: TRL's `VLLMClient`.
-        sampling: see `sampling_arguments`.
-        max_length: of the server's model, question and completion together.
-        request_seeds: see `VLLMEngine`.
-        max_concurrent_requests: open connections at a time.
-    """
-
-    batched = False
-
-    def __init__(
-        self,
-        client: Any,
-        sampling: dict[str, Any],
-        max_length: int,
-        request_seeds: bool = True,
-        max_concurrent_requests: int = 256,
-    ):
-        self.max_length = max_length
-        self._request_seeds = request_seeds
-        self._client = client
-        self._sampling = {key: value for key, value in sampling.items() if key != "n"}
-        self._executor = ThreadPoolExecutor(max_workers=max_concurrent_requests)
-        self._in_flight: dict[Future, str] = {}
-
-    @contextmanager
-    def awake(self) -> Iterator["VLLMServerEngine"]:
-        try:
-            yield self
-        finally:
-            self._executor.shutdown(wait=False, cancel_futures=True)
-
-    def submit(self, requests: Sequence[RolloutRequest]) -> None:
-        for request in requests:
-            self._in_flight[self._executor.submit(self._generate, request)] = request.request_id
-
-    def poll(self) -> list[Rollout]:
-        finished, _ = wait(self._in_flight, return_when=FIRST_COMPLETED)
-        return [Rollout(self._in_flight.pop(future), *future.result()) for future in finished]
-
-    def generated(self, request_id: str) -> int:
-        # The server does not say; taken as past every end, so that no tree waits for a rollout to get there.
-        return sys.maxsize
-
-    def partial(self, request_id: str, start: int, stop: int) -> tuple[list[int], list[float]]:
-        return [], []  # nor what it has sampled
-
-    def abort(self) -> None:
-        # What the server is working on ends by its own budget; it is waited for, so that nothing is left behind.
-        running = [future for future in self._in_flight if not future.cancel()]
-        wait(running)
-        self._in_flight.clear()
-
-    def _generate(self, request: RolloutRequest) -> tuple[list[int], list[float]]:
-        known = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p", "logprobs")
-        extra = {key: value for key, value in self._sampling.items() if key not in known}
-        output = self._client.generate(
-            prompts=[request.prefix_ids],
-            max_tokens=request.max_tokens,
-            generation_kwargs={**extra, "seed": request.seed} if self._request_seeds else extra,
-            **{key: self._sampling[key] for key in known},
-        )
-        logprobs = [math.nan if values[0] is None else values[0] for values in output["logprobs"][0]]
-        return output["completion_ids"][0], logprobs
-
-
-class CPUVLLMGeneration(VLLMGeneration):
-    """TRL's vLLM backend where vLLM runs on a CPU, which differs in how weights get in.
-
-    vLLM's CPU build repacks Linear weights when it loads them, and TRL's parameter-wise `load_weights` cannot write to
-    packed ones. This takes vLLM's own `reload_weights` instead, then packs a tied LM head again: it has a packed copy
-    of the embeddings, which reloading does not touch.
-
-    It also cannot take back a seeded sample after one part of a prompt ("CPU Generator does not use offset"), so
-    prompts are not computed in parts there.
-    """
-
-    @classmethod
-    def adopt(cls, generation: VLLMGeneration) -> "CPUVLLMGeneration":
-        """Take over an engine that TRL has started."""
-        adopted = cls.__new__(cls)
-        adopted.__dict__ = generation.__dict__
-        adopted.llm.llm_engine.vllm_config.scheduler_config.enable_chunked_prefill = False
-        return adopted
-
-    def sync_weights(self) -> None:
-        # Cloned, since a LoRA merge is undone and the optimizer writes in place while vLLM may still hold the tensor.
-        weights = ((name, parameter.clone()) for name, parameter in self._iter_named_params())
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        model = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
-        lm_head = getattr(model, "lm_head", None)
-        if lm_head is not None and getattr(model.config, "tie_word_embeddings", False):
-            lm_head.quant_method.process_weights_after_loading(lm_head)
-        self.llm.reset_prefix_cache()
-
-
 def _longest_request(vllm_config: Any) -> int:
     """Tokens of prefix and continuation together that the engine can take."""
     scheduler = vllm_config.scheduler_config
     longest = vllm_config.model_config.max_model_len
     return longest if scheduler.enable_chunked_prefill else min(longest, scheduler.max_num_batched_tokens)
-
-
-def runs_on_cpu() -> bool:
-    """Whether the installed vLLM is a CPU build."""
-    from vllm.platforms import current_platform
-
-    return current_platform.is_cpu()
 
 
 def check_room(prompt_length: int, max_completion_length: int, max_length: int) -> int:

@@ -14,10 +14,10 @@ import numpy as np
 from huggingface_hub import ModelCard
 from trl import GRPOConfig
 
-from .drawing import draw_learning_curve, draw_tree
-from .growth import TreeGrower
-from .scores import TreeScores
-from .tree import RolloutTree
+from ..growth import TreeGrower
+from ..scores import TreeScores
+from ..tree import RolloutTree
+from ..viewing.drawing import draw_learning_curve, draw_tree
 
 FIGURES = "figures"
 RATES = ("tree/average_success", "tree/effective_rate")  # those of the training curves

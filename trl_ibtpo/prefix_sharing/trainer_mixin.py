@@ -1,16 +1,14 @@
 """Hooks into TRL's trainer for the prefix-shared forward: which batches go through it, and when it is exact."""
 
+from typing import Any
+
 import torch
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
+from trl.trainer.utils import split_tensor_dict
 
-from .packing import (
-    keep_groups_together,
-    pack_prefixes,
-    packed_logps_and_entropies,
-    prepare_model,
-    why_not_packed,
-)
+from .attention import packed_logps_and_entropies, prepare_model, why_not_packed
+from .trie import pack_prefixes
 
 
 class PrefixSharedForward:
@@ -106,3 +104,32 @@ class PrefixSharedForward:
         if self.args.packed_forward:
             raise ValueError(f"`packed_forward` is True, but {reason}. Leave it out to use TRL's forward here.")
         return False, reason
+
+
+def keep_groups_together(batches: list[dict[str, Any]], group_size: int) -> list[dict[str, Any]]:
+    """Rearrange shuffled micro-batches so that the rows of a group follow each other.
+
+    Groups keep the shuffled order of their first rows, and rows within a group that of generation.
+
+    Args:
+        batches: micro-batches as TRL splits a generation batch, with the entry `row`: each row's place in it, `(B,)`.
+        group_size: rows of a group.
+    """
+    if len(batches) == 1:
+        return batches
+    rows = torch.cat([batch["row"] for batch in batches]).tolist()
+    first = {}  # group to the place of its first row
+    for place, row in enumerate(rows):
+        first.setdefault(row // group_size, place)
+    order = sorted(range(len(rows)), key=lambda place: (first[rows[place] // group_size], rows[place]))
+
+    def merged(values: list) -> Any:
+        if isinstance(values[0], torch.Tensor) and values[0].ndim:
+            return torch.cat(values)[order]
+        if isinstance(values[0], list):
+            flat = [item for value in values for item in value]
+            return [flat[place] for place in order]
+        return values[0]
+
+    batch = {key: merged([each[key] for each in batches]) for key in batches[0]}
+    return split_tensor_dict(batch, len(batches))

@@ -123,7 +123,7 @@ def _hooks() -> str | None:
     """What is wrong with TRL's hooks."""
     from trl import GRPOTrainer
 
-    from .compat import UnsupportedTRLError, check_hooks
+    from ..training.hooks import UnsupportedTRLError, check_hooks
 
     try:
         check_hooks(GRPOTrainer)

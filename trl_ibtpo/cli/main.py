@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 
 from trl_ibtpo import __version__
 
-from .branching import STRATEGIES
-from .growth import GrowthSettings
+from ..branching import STRATEGIES
+from ..growth import GrowthSettings
 
 TREE = GrowthSettings()
 # Fields of IBTPOConfig that `tree` takes, with their defaults there.

@@ -11,9 +11,8 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
-from .evaluation import pass_at_k, summarise
-from .samples import SamplesFile
-from .sampling import SamplingSettings, question_seed
+from .estimates import pass_at_k, summarise
+from .samples import SamplesFile, SamplingSettings, question_seed
 
 # Short names of the field's benchmarks; any other name is taken as the harness's own.
 TASKS = {

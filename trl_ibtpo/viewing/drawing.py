@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .scores import TreeScores
-from .tree import RolloutTree
+from ..scores import TreeScores
+from ..tree import RolloutTree
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,15 +12,10 @@ The trie is made from the token ids alone: trees, GRPO's flat groups and repeate
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-from trl.trainer.utils import split_tensor_dict
 
 BLOCK = 128  # tokens of a block of flex attention
 
@@ -183,119 +178,3 @@ def _block_indices(wanted: np.ndarray, device: torch.device) -> tuple[torch.Tens
     counts = torch.from_numpy(wanted.sum(1).astype(np.int32)).to(device)
     indices = torch.from_numpy(np.argsort(~wanted, axis=1, kind="stable").astype(np.int32)).to(device)
     return counts[None, None], indices[None, None]
-
-
-def keep_groups_together(batches: list[dict[str, Any]], group_size: int) -> list[dict[str, Any]]:
-    """Rearrange shuffled micro-batches so that the rows of a group follow each other.
-
-    Groups keep the shuffled order of their first rows, and rows within a group that of generation.
-
-    Args:
-        batches: micro-batches as TRL splits a generation batch, with the entry `row`: each row's place in it, `(B,)`.
-        group_size: rows of a group.
-    """
-    if len(batches) == 1:
-        return batches
-    rows = torch.cat([batch["row"] for batch in batches]).tolist()
-    first = {}  # group to the place of its first row
-    for place, row in enumerate(rows):
-        first.setdefault(row // group_size, place)
-    order = sorted(range(len(rows)), key=lambda place: (first[rows[place] // group_size], rows[place]))
-
-    def merged(values: list) -> Any:
-        if isinstance(values[0], torch.Tensor) and values[0].ndim:
-            return torch.cat(values)[order]
-        if isinstance(values[0], list):
-            flat = [item for value in values for item in value]
-            return [flat[place] for place in order]
-        return values[0]
-
-    batch = {key: merged([each[key] for each in batches]) for key in batches[0]}
-    return split_tensor_dict(batch, len(batches))
-
-
-# ----- attention -----------------------------------------------------------------------------------------------------
-
-TRIE_ATTENTION = "ibtpo_trie"  # sdpa, and along the trie where a packed batch comes with the forward
-_IGNORED_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # transformers takes a 4-D mask as it is
-
-
-def _trie_attention(module, query, key, value, attention_mask, packed_batch: PackedBatch | None = None, **kwargs):
-    """Scaled dot-product attention, `(1, H, L, D)` each, segment by segment of a packed batch.
-
-    Each segment costs what it costs in a row of its own: a mask of all positions would cost the square of all of them.
-    """
-    if packed_batch is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    outputs = []
-    for own, keys, mask in packed_batch._segment_indices:
-        key_part, value_part = (
-            (key[:, :, own], value[:, :, own])
-            if keys is None
-            else (key.index_select(2, keys), value.index_select(2, keys))
-        )
-        outputs.append(sdpa_attention_forward(module, query[:, :, own], key_part, value_part, mask, **kwargs)[0])
-    return torch.cat(outputs, dim=1), None
-
-
-AttentionInterface.register(TRIE_ATTENTION, _trie_attention)
-AttentionMaskInterface.register(TRIE_ATTENTION, sdpa_mask)
-
-
-def model_arguments(model: PreTrainedModel, packed: PackedBatch) -> dict[str, Any]:
-    """Arguments with which the forward of `model` attends along the trie."""
-    arguments: dict[str, Any] = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
-    implementation = model.config.get_text_config()._attn_implementation
-    if implementation == TRIE_ATTENTION:
-        return {**arguments, "attention_mask": _IGNORED_MASK.to(packed.input_ids.device), "packed_batch": packed}
-    if implementation == "flex_attention":
-        return {**arguments, "attention_mask": packed.block_mask()}
-    mask = packed.dense_mask()
-    additive = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
-    return {**arguments, "attention_mask": additive.masked_fill_(~mask, torch.finfo(model.dtype).min)}
-
-
-def why_not_packed(model: PreTrainedModel) -> str | None:
-    """Why the packed forward would not be exact for this model; None where it is."""
-    config = model.config.get_text_config()
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if layer_types != {"full_attention"}:
-        return f"the model has layers of other kinds than full attention ({', '.join(sorted(layer_types))})"
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        return f"the model attends to a sliding window (of {config.sliding_window} tokens)"
-    if not getattr(config, "rope_parameters", None):
-        return "the model's positions are not rotary, so they may depend on the padding"
-    if not model._can_set_attn_implementation():
-        return "the model computes its attention in a way of its own"
-    implementation = config._attn_implementation
-    if implementation not in ("sdpa", "eager", "flex_attention", TRIE_ATTENTION):
-        return (
-            f"`attn_implementation` is '{implementation}', which takes no such mask; 'sdpa', 'eager' and "
-            "'flex_attention' do"
-        )
-    return None
-
-
-def prepare_model(model: PreTrainedModel) -> None:
-    """Let `model` attend along the trie of a packed batch; its other forwards stay as they are."""
-    if model.config.get_text_config()._attn_implementation == "sdpa":
-        model.set_attn_implementation(TRIE_ATTENTION)
-
-
-def packed_logps_and_entropies(
-    model: torch.nn.Module, base_model: PreTrainedModel, packed: PackedBatch
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probabilities and entropies of the completion tokens, both `(B, C)`, zero where there is none.
-
-    Args:
-        model: with TRL's fused head; possibly wrapped.
-        base_model: the transformers model inside.
-        packed: the batch.
-    """
-    outputs = model(
-        **model_arguments(base_model, packed),
-        shift_labels=packed.shift_labels,
-        fused_lm_head=True,
-    )
-    entropies = None if outputs.entropy is None else packed.unpack(outputs.entropy)
-    return packed.unpack(outputs.log_probs), entropies

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .cli import TREE_FIELDS, OneLineErrors, UsageError
+from .main import TREE_FIELDS, OneLineErrors, UsageError
 
 
 def train(argv: Sequence[str]) -> int:
@@ -19,7 +19,7 @@ def train(argv: Sequence[str]) -> int:
     from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
     from trl.scripts.grpo import GRPOScriptArguments
 
-    from .ibtpo_config import IBTPOConfig
+    from ..ibtpo_config import IBTPOConfig
 
     class TrainParser(OneLineErrors, TrlParser):
         pass
@@ -40,7 +40,7 @@ def train(argv: Sequence[str]) -> int:
     if model.model_name_or_path is None:
         raise UsageError("--model_name_or_path is missing.")
 
-    from .ibtpo_trainer import IBTPOTrainer
+    from ..ibtpo_trainer import IBTPOTrainer
 
     dataset = _load_dataset(script, mixture)
     args.model_init_kwargs = {
@@ -125,9 +125,10 @@ def evaluate(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from .evaluation import evaluate, pass_at_k
-    from .harness import evaluate_task
-    from .sampling import SamplingSettings
+    from ..evaluation.estimates import pass_at_k
+    from ..evaluation.harness import evaluate_task
+    from ..evaluation.questions import evaluate
+    from ..evaluation.samples import SamplingSettings
 
     try:
         settings = SamplingSettings(
@@ -170,8 +171,8 @@ def tree(args: argparse.Namespace) -> int:
     """Grow one tree, print it, draw it and write it as JSON."""
     from rich.console import Console
 
-    from .drawing import draw_tree
-    from .treeview import describe_tree, render_tree
+    from ..viewing.drawing import draw_tree
+    from ..viewing.text import describe_tree, render_tree
 
     if args.out is not None and Path(args.out).suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--out is {args.out!r}; it must end with .png, .svg or .pdf.")
@@ -202,10 +203,10 @@ def _grow(args: argparse.Namespace, question: str) -> tuple[Any, Callable[[list[
     import torch
     from datasets import Dataset
 
-    from .evaluation import Grader
-    from .ibtpo_config import IBTPOConfig
-    from .ibtpo_trainer import IBTPOTrainer
-    from .sampling import load_tokenizer
+    from ..evaluation.questions import Grader
+    from ..evaluation.samples import load_tokenizer
+    from ..ibtpo_config import IBTPOConfig
+    from ..ibtpo_trainer import IBTPOTrainer
 
     grader = None if args.answer is None else Grader(args.answer)
 

@@ -18,8 +18,8 @@ from collections import defaultdict
 import numpy as np
 import torch
 
-from .growth import TreeGrower
-from .scores import TreeScores
+from ..growth import TreeGrower
+from ..scores import TreeScores
 
 MEANS = (
     "tree/effective_rate",

@@ -12,11 +12,12 @@ from trl.extras.profiling import profiling_context
 from trl.generation.vllm_client import VLLMClient
 from trl.models import unwrap_model_for_generation
 
-from . import compat
-from .engines import RolloutEngine
-from .engines.transformers import TransformersEngine, unsharded
-from .engines.vllm import VLLMEngine, VLLMServerEngine, check_room, sampling_arguments
-from .growth import TreeGrower, grow_trees
+from ..engines.base import RolloutEngine
+from ..engines.transformers import TransformersEngine, unsharded
+from ..engines.vllm import VLLMEngine, check_room, sampling_arguments
+from ..engines.vllm_server import VLLMServerEngine
+from ..growth import TreeGrower, drive
+from . import checks
 from .rewards import RewardScorer
 
 
@@ -34,11 +35,11 @@ class TreeGeneration:
         Returns:
             One grower per row: its `tree`, the `success` of each leaf and `scores()`.
         """
-        compat.check_rows(rows)
+        checks.check_rows(rows)
         inputs = [dict(row) for row in rows for _ in range(self.num_generations)]
         prompt_ids, images, _ = self._tokenize_prompts([row["prompt"] for row in inputs])
         if images is not None:
-            raise ValueError(compat.NO_IMAGES)
+            raise ValueError(checks.NO_IMAGES)
         growers, _ = self._grow(inputs, prompt_ids)
         return growers
 
@@ -59,7 +60,7 @@ class TreeGeneration:
             ) as progress,
         ):
             growers = self._plant(prompt_ids, engine)
-            grow_trees(growers, engine, scorer, on_rollout=progress.update)
+            drive(growers, engine, scorer, on_rollout=progress.update)
         scorer.warn_of_timeouts()
         return growers, scorer
 
@@ -77,7 +78,7 @@ class TreeGeneration:
             budget = settings.max_completion_length
             if engine.max_length is not None:
                 budget = check_room(len(rows[0]), budget, engine.max_length)
-            compat.check_prompt(rows[0], self.model)
+            checks.check_prompt(rows[0], self.model)
             prompt_index = self.accelerator.process_index * len(prompt_ids) // group + len(growers)
             growers.append(
                 TreeGrower(

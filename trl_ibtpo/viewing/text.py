@@ -6,9 +6,9 @@ from typing import Any
 from rich.text import Text
 from rich.tree import Tree
 
+from ..scores import TreeScores
+from ..tree import RolloutTree
 from .drawing import LEAF_MARKERS, leaf_kind
-from .scores import TreeScores
-from .tree import RolloutTree
 
 STYLES = {"right": "green", "wrong": "red", "unscored": "dim"}
 

@@ -1,0 +1,83 @@
+"""Rollouts with a `vllm serve` on another machine."""
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any
+
+from .base import Rollout, RolloutRequest
+
+
+class VLLMServerEngine:
+    """A `vllm serve` on another machine, through TRL's client; every rollout is a request of its own.
+
+    The server batches what arrives, so trees need not wait for each other here either. A poll returns as soon as one
+    rollout is finished. With `branch_lookahead` above 0 rollouts join a tree in the order in which their answers
+    arrive, so that trees then depend on timing.
+
+    Args:
+        client: TRL's `VLLMClient`.
+        sampling: see `sampling_arguments`.
+        max_length: of the server's model, question and completion together.
+        request_seeds: see `VLLMEngine`.
+        max_concurrent_requests: open connections at a time.
+    """
+
+    batched = False
+
+    def __init__(
+        self,
+        client: Any,
+        sampling: dict[str, Any],
+        max_length: int,
+        request_seeds: bool = True,
+        max_concurrent_requests: int = 256,
+    ):
+        self.max_length = max_length
+        self._request_seeds = request_seeds
+        self._client = client
+        self._sampling = {key: value for key, value in sampling.items() if key != "n"}
+        self._executor = ThreadPoolExecutor(max_workers=max_concurrent_requests)
+        self._in_flight: dict[Future, str] = {}
+
+    @contextmanager
+    def awake(self) -> Iterator["VLLMServerEngine"]:
+        try:
+            yield self
+        finally:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def submit(self, requests: Sequence[RolloutRequest]) -> None:
+        for request in requests:
+            self._in_flight[self._executor.submit(self._generate, request)] = request.request_id
+
+    def poll(self) -> list[Rollout]:
+        finished, _ = wait(self._in_flight, return_when=FIRST_COMPLETED)
+        return [Rollout(self._in_flight.pop(future), *future.result()) for future in finished]
+
+    def generated(self, request_id: str) -> int:
+        # The server does not say; taken as past every end, so that no tree waits for a rollout to get there.
+        return sys.maxsize
+
+    def partial(self, request_id: str, start: int, stop: int) -> tuple[list[int], list[float]]:
+        return [], []  # nor what it has sampled
+
+    def abort(self) -> None:
+        # What the server is working on ends by its own budget; it is waited for, so that nothing is left behind.
+        running = [future for future in self._in_flight if not future.cancel()]
+        wait(running)
+        self._in_flight.clear()
+
+    def _generate(self, request: RolloutRequest) -> tuple[list[int], list[float]]:
+        known = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p", "logprobs")
+        extra = {key: value for key, value in self._sampling.items() if key not in known}
+        output = self._client.generate(
+            prompts=[request.prefix_ids],
+            max_tokens=request.max_tokens,
+            generation_kwargs={**extra, "seed": request.seed} if self._request_seeds else extra,
+            **{key: self._sampling[key] for key in known},
+        )
+        logprobs = [math.nan if values[0] is None else values[0] for values in output["logprobs"][0]]
+        return output["completion_ids"][0], logprobs

@@ -1,0 +1,94 @@
+"""How a model attends along the trie of a packed batch, and for which models that is exact."""
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from .trie import PackedBatch
+
+TRIE_ATTENTION = "ibtpo_trie"  # sdpa, and along the trie where a packed batch comes with the forward
+_IGNORED_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # transformers takes a 4-D mask as it is
+
+
+def _trie_attention(module, query, key, value, attention_mask, packed_batch: PackedBatch | None = None, **kwargs):
+    """Scaled dot-product attention, `(1, H, L, D)` each, segment by segment of a packed batch.
+
+    Each segment costs what it costs in a row of its own: a mask of all positions would cost the square of all of them.
+    """
+    if packed_batch is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    outputs = []
+    for own, keys, mask in packed_batch._segment_indices:
+        key_part, value_part = (
+            (key[:, :, own], value[:, :, own])
+            if keys is None
+            else (key.index_select(2, keys), value.index_select(2, keys))
+        )
+        outputs.append(sdpa_attention_forward(module, query[:, :, own], key_part, value_part, mask, **kwargs)[0])
+    return torch.cat(outputs, dim=1), None
+
+
+AttentionInterface.register(TRIE_ATTENTION, _trie_attention)
+AttentionMaskInterface.register(TRIE_ATTENTION, sdpa_mask)
+
+
+def model_arguments(model: PreTrainedModel, packed: PackedBatch) -> dict[str, Any]:
+    """Arguments with which the forward of `model` attends along the trie."""
+    arguments: dict[str, Any] = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
+    implementation = model.config.get_text_config()._attn_implementation
+    if implementation == TRIE_ATTENTION:
+        return {**arguments, "attention_mask": _IGNORED_MASK.to(packed.input_ids.device), "packed_batch": packed}
+    if implementation == "flex_attention":
+        return {**arguments, "attention_mask": packed.block_mask()}
+    mask = packed.dense_mask()
+    additive = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
+    return {**arguments, "attention_mask": additive.masked_fill_(~mask, torch.finfo(model.dtype).min)}
+
+
+def why_not_packed(model: PreTrainedModel) -> str | None:
+    """Why the packed forward would not be exact for this model; None where it is."""
+    config = model.config.get_text_config()
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if layer_types != {"full_attention"}:
+        return f"the model has layers of other kinds than full attention ({', '.join(sorted(layer_types))})"
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return f"the model attends to a sliding window (of {config.sliding_window} tokens)"
+    if not getattr(config, "rope_parameters", None):
+        return "the model's positions are not rotary, so they may depend on the padding"
+    if not model._can_set_attn_implementation():
+        return "the model computes its attention in a way of its own"
+    implementation = config._attn_implementation
+    if implementation not in ("sdpa", "eager", "flex_attention", TRIE_ATTENTION):
+        return (
+            f"`attn_implementation` is '{implementation}', which takes no such mask; 'sdpa', 'eager' and "
+            "'flex_attention' do"
+        )
+    return None
+
+
+def prepare_model(model: PreTrainedModel) -> None:
+    """Let `model` attend along the trie of a packed batch; its other forwards stay as they are."""
+    if model.config.get_text_config()._attn_implementation == "sdpa":
+        model.set_attn_implementation(TRIE_ATTENTION)
+
+
+def packed_logps_and_entropies(
+    model: torch.nn.Module, base_model: PreTrainedModel, packed: PackedBatch
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probabilities and entropies of the completion tokens, both `(B, C)`, zero where there is none.
+
+    Args:
+        model: with TRL's fused head; possibly wrapped.
+        base_model: the transformers model inside.
+        packed: the batch.
+    """
+    outputs = model(
+        **model_arguments(base_model, packed),
+        shift_labels=packed.shift_labels,
+        fused_lm_head=True,
+    )
+    entropies = None if outputs.entropy is None else packed.unpack(outputs.entropy)
+    return packed.unpack(outputs.log_probs), entropies

@@ -1,0 +1,1 @@
+"""What a training step needs besides trees: rollouts in, rewards and metrics out, checkpoints, checks."""

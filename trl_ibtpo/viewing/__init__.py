@@ -1,0 +1,1 @@
+"""Trees and runs to look at: pictures and text."""
