@@ -94,7 +94,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
                 f"`args` is a {type(args).__name__}; IBTPOTrainer needs an IBTPOConfig, which takes the same fields."
             )
         check_hooks(GRPOTrainer)
-        checks.refuse_unsupported(model, reward_funcs, args, train_dataset, processing_class, kwargs)
+        checks.refuse_unsupported(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, kwargs)
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -107,7 +107,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         checks.check_tokenizer(self._tokenizer)
         if self.use_vllm and self.vllm_mode == "colocate" and runs_on_cpu():
             self.vllm_generation = CPUVLLMGeneration.adopt(self.vllm_generation)
-        checks.refuse_sharded_growth(self._dist, args)
+        checks.refuse_sharded_growth(self._dist, args, self.reward_funcs)
         self._check_process_share()
         self._packed_forward, self._packed_reason = self._choose_forward()
         self._success_index = self._find_success_reward()
@@ -138,6 +138,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training:
+            checks.refuse_columns(inputs[0], "eval_dataset")
             return super()._generate_and_score_completions(inputs)
         checks.check_rows(inputs)
         self._tree_inputs = inputs
