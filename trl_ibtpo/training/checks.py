@@ -103,8 +103,8 @@ def _check_generation_kwargs(args: GRPOConfig) -> None:
     for name in COUNTED_FROM_START:
         if generation_kwargs.get(name):
             raise ValueError(
-                f"`generation_kwargs` sets `{name}` to {generation_kwargs[name]!r}, but it counts from where a rollout "
-                "starts: a branch would not count the prefix that it shares. Leave it out (the field "
+                f"`generation_kwargs` sets `{name}` to {generation_kwargs[name]!r}, but it counts from where a "
+                "rollout starts: a branch would not count the prefix that it shares. Leave it out (the field "
                 "`repetition_penalty` does count prefixes), or train with TRL's GRPOTrainer."
             )
     if generation_kwargs.get("stop_strings"):
@@ -119,8 +119,8 @@ def _check_generation_kwargs(args: GRPOConfig) -> None:
         if any(delimiter.endswith(head) or head.endswith(delimiter) for head in heads):
             raise ValueError(
                 f"`generation_kwargs` sets `stop` to {stops!r}, but {stop!r} may begin with the end of a step "
-                f"(`step_delimiter` is {delimiter!r}) and go on in a branch, which is not stopped by it then. Give a "
-                "text that begins inside a step, for example '</answer>'."
+                f"(`step_delimiter` is {delimiter!r}) and go on in a branch, which it would not end. Give a text that "
+                "neither begins with the end of the delimiter nor holds the whole of it before its own end."
             )
 
 
@@ -280,7 +280,7 @@ def refuse_sharded_growth(backend: DistributedBackend, args: GRPOConfig, reward_
         # Under FSDP, TRL leaves reward models whole.
         raise ValueError(
             "`reward_funcs` holds a model, which ZeRO-3 shards: each process scores its own trees, and a forward pass "
-            "of one would wait for the others. Use ZeRO-2, or serve the model and give a function that asks the server."
+            "of one would wait for the others. Use ZeRO-2, or serve the model and give a function that asks it."
         )
     if args.use_vllm:
         return

@@ -179,6 +179,7 @@ class TreeGeneration:
             reward_names=self.reward_func_names,
             reward_processing_classes=self.reward_processing_classes,
             success_index=self._success_index,
+            success_range=self.args.success_range,
             decode=decode,
             shared_arguments={"trainer_state": self.state},
             event_loop=getattr(self, "async_loop", None),

@@ -106,7 +106,7 @@ def complete_card(
 
     branches = args.branching != "independent" and args.tree_levels > 1
     curve = tree = None
-    if any(key in log for log in log_history for key in RATES):
+    if any(log.get(key) is not None for log in log_history for key in RATES):  # TRL logs None for no value
         curve = f"{FIGURES}/training_curves.png"
         draw_learning_curve(log_history, folder / curve, RATES, title="Training")
     if shown is not None:
