@@ -451,6 +451,7 @@ def test_wrong_input(model_path, config, overrides, error, message):
     [
         {"generation_kwargs": {"stop": ["</answer>", "Question:"]}, "step_delimiter": "\n\n", "use_vllm": True},
         {"generation_kwargs": {"presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0}, "use_vllm": True},
+        {"generation_kwargs": {"presence_penalty": 1.0, "stop": "e!"}, "use_vllm": True, "branching": "independent"},
         {"generation_kwargs": {"no_repeat_ngram_size": 3, "repetition_penalty": 1.1}},
     ],
     ids=str,

@@ -302,10 +302,14 @@ class IBTPOConfig(GRPOConfig):
         return GrowthSettings(**{each.name: getattr(self, each.name) for each in fields(GrowthSettings)})
 
     @property
+    def branches(self) -> bool:
+        """Whether any rollout continues another one."""
+        return self.branching != "independent" and self.tree_levels > 1
+
+    @property
     def success_steers(self) -> bool:
-        """Whether where trees branch, or what their steps are worth, depends on success."""
-        chooses = self.branching == "ib" and self.tree_levels > 1
-        return chooses or (self.advantage == "ibtpo" and self.ib_coef != 0)
+        """Whether success decides where trees branch, or what their steps are worth."""
+        return (self.branches and self.branching == "ib") or (self.advantage == "ibtpo" and self.ib_coef != 0)
 
     def _check_tree(self) -> None:
         for name in ("tree_initial_rollouts", "tree_levels", "tree_nodes_per_level", "tree_branches_per_node"):

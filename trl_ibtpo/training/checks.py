@@ -100,6 +100,14 @@ def _check_generation_kwargs(args: GRPOConfig) -> None:
                 f"`generation_kwargs` sets `{name}` to {generation_kwargs[name]!r}, but a tree sets it for each of "
                 "its rollouts. Leave it out; `max_completion_length` and `seed` are fields of their own."
             )
+    if generation_kwargs.get("stop_strings"):
+        raise ValueError(
+            f"`generation_kwargs` sets `stop_strings` to {generation_kwargs['stop_strings']!r}, for which "
+            "transformers needs a tokenizer that TRL does not give it. Leave it out, or generate with vLLM: "
+            "`use_vllm=True` and `generation_kwargs={'stop': ...}`."
+        )
+    if not args.branches:
+        return
     for name in COUNTED_FROM_START:
         if generation_kwargs.get(name):
             raise ValueError(
@@ -107,12 +115,6 @@ def _check_generation_kwargs(args: GRPOConfig) -> None:
                 "rollout starts: a branch would not count the prefix that it shares. Leave it out (the field "
                 "`repetition_penalty` does count prefixes), or train with TRL's GRPOTrainer."
             )
-    if generation_kwargs.get("stop_strings"):
-        raise ValueError(
-            f"`generation_kwargs` sets `stop_strings` to {generation_kwargs['stop_strings']!r}, for which "
-            "transformers needs a tokenizer that TRL does not give it. Leave it out, or generate with vLLM: "
-            "`use_vllm=True` and `generation_kwargs={'stop': ...}`."
-        )
     stops, delimiter = generation_kwargs.get("stop") or [], args.step_delimiter
     for stop in [stops] if isinstance(stops, str) else stops:
         heads = [stop[:length] for length in range(1, len(stop))]
