@@ -297,14 +297,14 @@ ROWS = {
     ),
     **{
         f"column {name}": (
-            {"train_dataset": prompts("a").add_column(name, ["b"] * 8)},
+            {"train_dataset": tiny.questions(8).add_column(name, ["b"] * 8)},
             ValueError,
             f"`train_dataset` has a column '{name}', but .* Rename .* `dataset.rename_column\\('{name}', 'dataset_",
         )
         for name in ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
     },
     "column completions in the stream": (
-        {"train_dataset": streamed(prompt="a", completions="b")},
+        {"train_dataset": streamed(prompt="a", letter="a", completions="b")},
         ValueError,
         "`train_dataset` has a column 'completions', but reward functions get their `completions` from the trainer",
     ),
