@@ -58,7 +58,7 @@ class VLLMServerEngine:
 
     def _generate(self, request: RolloutRequest) -> tuple[list[int], list[float]]:
         known = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p")
-        others = {key: value for key, value in self._sampling.items() if key not in (*known, "n", "logprobs")}
+        others = {key: value for key, value in self._sampling.items() if key not in known}
         output = self._client.generate(
             prompts=[request.prefix_ids],
             max_tokens=request.max_tokens,
