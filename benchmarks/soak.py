@@ -58,13 +58,9 @@ def batch(llm, rng: random.Random) -> str:
         if fate == "aborted" and finished == aborts_at:
             raise Aborted
 
+    scorer = Scorer(rng.randrange(1, 4) if fate == "failed" else None)
     try:
-        drive(
-            growers,
-            VLLMEngine(llm, rollouts.SAMPLING),
-            Scorer(rng.randrange(1, 4) if fate == "failed" else None),
-            on_rollout,
-        )
+        drive(growers, VLLMEngine(llm, rollouts.SAMPLING), scorer, on_rollout)
     except (Aborted, ValueError):
         assert fate != "grown"
     else:

@@ -270,6 +270,5 @@ def test_samples_file_refuses_what_is_not_one(tmp_path):
         SamplesFile(tmp_path / "file", {})
     # Cut within its first line: nothing is lost by starting again.
     (tmp_path / "file").write_text('{"settin')
-    with SamplesFile(tmp_path / "file", {"seed": 1}) as records:
-        records.append({"index": 0})
+    SamplesFile(tmp_path / "file", {"seed": 1}).append({"index": 0})
     assert (tmp_path / "file").read_text() == '{"settings": {"seed": 1}}\n{"index": 0}\n'

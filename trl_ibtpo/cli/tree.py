@@ -11,13 +11,8 @@ from ..growth import GrownTree, GrowthSettings
 from .common import Parser, UsageError, write_json
 
 # Fields of IBTPOConfig that are arguments here, with their types, defaults and help there.
-CONFIG_FIELDS = (
-    *(field.name for field in dataclasses.fields(GrowthSettings)),
-    "step_delimiter",
-    "temperature",
-    "top_p",
-    "top_k",
-)
+CONFIG_FIELDS = [field.name for field in dataclasses.fields(GrowthSettings)]
+CONFIG_FIELDS += ["step_delimiter", "temperature", "top_p", "top_k"]
 
 
 def make_parser() -> Parser:
@@ -43,8 +38,7 @@ def make_parser() -> Parser:
         if field.name in CONFIG_FIELDS:
             is_switch = isinstance(field.default, bool)
             kind = {"action": argparse.BooleanOptionalAction} if is_switch else {"type": type(field.default)}
-            choices = field.metadata.get("choices")
-            parser.option(field.name, **kind, default=field.default, choices=choices, help=field.metadata["help"])
+            parser.option(field.name, **kind, default=field.default, **field.metadata)
     return parser
 
 

@@ -55,13 +55,13 @@ def evaluate_task(
     manager = _task_manager(include_path)
     _check_task(manager, name)
     fingerprint = {**asdict(settings), "task": name}
-    with SamplesFile(samples, fingerprint) as records:
-        model = None
-        for index in range(settings.num_samples):
-            if index not in records:
-                model = model or _load_model(settings, engine_arguments or {})
-                records.append({"index": index, **_run(model, manager, name, settings, index)})
-        passes = [records[index]["values"] for index in range(settings.num_samples)]
+    records = SamplesFile(samples, fingerprint)
+    model = None
+    for index in range(settings.num_samples):
+        if index not in records:
+            model = model or _load_model(settings, engine_arguments or {})
+            records.append({"index": index, **_run(model, manager, name, settings, index)})
+    passes = [records[index]["values"] for index in range(settings.num_samples)]
     metrics = []
     for key in passes[0]:
         by_question = list(zip(*(values[key] for values in passes), strict=True))  # (Q, n)

@@ -162,7 +162,7 @@ def encode_prompts(settings: SamplingSettings, questions: Sequence[str | list[di
 class SamplesFile(dict[int, dict[str, Any]]):
     """Records by their `index`, kept in a JSONL whose first line holds the settings and every further one a record.
 
-    Use it as a context manager. A last line that a kill left unfinished is taken off again.
+    A last line that a kill left unfinished is taken off again.
 
     Args:
         path: the file; `None` keeps the records in memory only.
@@ -170,35 +170,24 @@ class SamplesFile(dict[int, dict[str, Any]]):
     """
 
     def __init__(self, path: str | Path | None, settings: dict[str, Any]):
-        self._path = None if path is None else Path(path)
         super().__init__()
-        self._file = None
-        if self._path is not None and self._path.exists():
-            self._read(settings)
-        if self._path is not None:
+        self._path = None if path is None else Path(path)
+        if self._path is not None and not (self._path.exists() and self._read(settings)):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a", encoding="utf-8")
-            if self._file.tell() == 0:
-                self._write({"settings": settings})
-
-    def __enter__(self) -> "SamplesFile":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        if self._file is not None:
-            self._file.close()
+            self._write({"settings": settings})
 
     def append(self, record: dict[str, Any]) -> None:
         """Keep a record under its `index` and write it out at once."""
         self[record["index"]] = record
-        if self._file is not None:
-            self._write(record)
+        self._write(record)
 
     def _write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
-    def _read(self, settings: dict[str, Any]) -> None:
+    def _read(self, settings: dict[str, Any]) -> bool:
+        """Take over the records of the file; whether it holds settings."""
         content = self._path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]  # a line counts when its end was written
         try:
@@ -211,6 +200,6 @@ class SamplesFile(dict[int, dict[str, Any]]):
         if differing:
             words = ", ".join(f"{name}: {found.get(name)!r} there, {settings.get(name)!r} now" for name in differing)
             raise ValueError(f"{self._path} was made with other settings ({words}). Give another name, or delete it.")
-        if len(whole) < len(content):
-            with self._path.open("r+b") as file:
-                file.truncate(len(whole))
+        with self._path.open("r+b") as file:
+            file.truncate(len(whole))
+        return bool(rows)

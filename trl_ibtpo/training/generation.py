@@ -28,14 +28,13 @@ logger = logging.get_logger(__name__)
 class TreeGeneration:
     """For a `GRPOTrainer` with an `IBTPOConfig`: grows trees with the current policy."""
 
-    _last_batch: tuple[int, int] | None = None  # optimizer step, and which of its generation batches
+    _last_batch = (-1, 0)  # optimizer step, and which of its generation batches
 
     def _next_batch(self) -> int:
         """Which generation batch of its optimizer step the coming one is; 0 where a step needs but one."""
-        step, number = self.state.global_step, 0
-        if self._last_batch is not None and self._last_batch[0] == step:
-            number = self._last_batch[1] + 1
-        self._last_batch = step, number
+        last_step, number = self._last_batch
+        number = number + 1 if last_step == self.state.global_step else 0
+        self._last_batch = self.state.global_step, number
         return number
 
     def grow_trees(self, rows: list[dict[str, Any]]) -> list[GrownTree]:
