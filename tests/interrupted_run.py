@@ -15,7 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import tiny
 import torch
 
-from trl_ibtpo import IBTPOConfig, IBTPOTrainer, checkpoints
+from trl_ibtpo import IBTPOConfig, IBTPOTrainer
+from trl_ibtpo.training import checkpoints
 
 TIMES = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"}
 

@@ -11,7 +11,8 @@ import tiny
 import torch
 from transformers.utils import logging as transformers_logging
 
-from trl_ibtpo import IBTPOTrainer, checkpoints
+from trl_ibtpo import IBTPOTrainer
+from trl_ibtpo.training import checkpoints
 
 CONSTANT = {"lr_scheduler_type": "constant"}  # so that a run may be continued with more steps than it was planned with
 FILES = {
