@@ -171,14 +171,13 @@ def is_quoted_from(quotation: str, text: str) -> bool:
     return re.search(".*".join(map(re.escape, pieces)), text) is not None
 
 
-def said_by(node: ast.AST) -> list[ast.AST]:
-    """Texts that a statement raises or warns of; of one put together with `+`, its beginning."""
-    call = node.exc if isinstance(node, ast.Raise) else node.value if isinstance(node, ast.Expr) else None
-    if not isinstance(call, ast.Call):
+def warned_by(node: ast.AST) -> list[ast.AST]:
+    """Texts that a statement warns of; of one put together with `+`, its beginning."""
+    call = node.value if isinstance(node, ast.Expr) else None
+    name = call.func.attr if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) else None
+    if name not in ("warning", "warning_once", "warn"):
         return []
-    warns = isinstance(call.func, ast.Attribute) and call.func.attr in ("warning", "warning_once")
-    texts = call.args if isinstance(node, ast.Raise) or warns else []
-    return [text for text in map(beginning, texts) if is_text(text)]
+    return [text for text in map(beginning, call.args) if is_text(text)]
 
 
 def beginning(node: ast.AST) -> ast.AST:
@@ -196,21 +195,21 @@ def test_quoted_messages_are_in_the_code(quotation, texts):
     assert any(is_quoted_from(quotation, text) for text in texts)
 
 
-def test_every_message_is_explained():
-    """What is raised or warned of where a user of the trainer can cause it is on the troubleshooting page."""
-    parts = {"tree.py", "growth.py", "__init__.py"}  # wrong use of the parts, not of the trainer
-    # The command's errors are one line each that says what to do, shown to who has just typed the arguments.
-    command = {"cli", "commands", "doctor", "evaluation", "harness", "samples", "sampling", "treeview"}
-    internal = parts | {f"{name}.py" for name in command}
-    assert internal <= {path.name for path, _ in package_nodes()}
-    said = {
-        f"{path.name}:{node.lineno}": template(text)
-        for path, node in package_nodes()
-        if path.name not in internal
-        for text in said_by(node)
+def test_every_quotation_is_explained():
+    """The page has no message that says everything itself: each is followed by prose, or by one that shares it."""
+    page = (DOCS / "troubleshooting.md").read_text()
+    for section in re.split(r"^#+ .*$", page, flags=re.MULTILINE):
+        last = section.rstrip().rsplit("```", 1)[-1]
+        assert "```text" not in section or last.strip(), section
+
+
+def test_every_warning_is_explained():
+    """A warning lets the run go on, so the page says what it means; an error has to say so itself."""
+    warnings = {
+        f"{path.name}:{node.lineno}": template(text) for path, node in package_nodes() for text in warned_by(node)
     }
-    missing = [place for place, text in said.items() if not any(is_quoted_from(q, text) for q in quotations())]
-    assert len(said) > 50 and missing == []
+    missing = [place for place, text in warnings.items() if not any(is_quoted_from(q, text) for q in quotations())]
+    assert len(warnings) >= 5 and missing == []
 
 
 EXAMPLES = [
