@@ -27,7 +27,9 @@ README = ROOT / "README.md"
 LINK = re.compile(r"\[(?P<label>[^]\n]+)\]\((?P<target>[^):#\s]+)(?P<anchor>#[^)\s]+)?\)")
 NAME = re.compile(r"`([A-Za-z_][\w.]*)`")
 # Code first, so that dollar signs in it are left alone; then a formula on lines of its own, then one within a line.
-FORMULA = re.compile(r"^ *```.*?^ *```|`[^`\n]+`|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+)\$", re.DOTALL | re.MULTILINE)
+FORMULA = re.compile(
+    r"^ *```.*?^ *```|`[^`\n]+`|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+)\$", re.DOTALL | re.MULTILINE
+)
 CONFIGURATION = DOCS / "configuration.md"
 FIELDS_MARK = "<!-- Below: written by `python docs/hooks.py` from IBTPOConfig. -->\n"
 
@@ -164,7 +166,9 @@ def field_tables() -> str:
                 raise PluginError(f"The docstring of IBTPOConfig describes `{name}`, which is not a field of its own.")
             text += f"| `{name}` | {kind(own[name])} | `{default(own[name])}` | {formulas(meaning)} |\n"
             documented.add(name)
-    text += "\n## Parameters with another default or meaning\n\n| field | type | default | in `GRPOConfig` | meaning |\n"
+    text += (
+        "\n## Parameters with another default or meaning\n\n| field | type | default | in `GRPOConfig` | meaning |\n"
+    )
     text += "|---|---|---|---|---|\n"
     for name, field in own.items():
         if name in documented:

@@ -141,6 +141,34 @@ def test_every_own_field_is_in_the_reference(pages, site):
     assert "\\(" not in text and "<!--" not in text
 
 
+def test_the_committed_reference_is_current():
+    """What `python docs/hooks.py` would write is what is there."""
+    path = DOCS / "configuration.md"
+    code = "import hooks; print(hooks.with_fields(hooks.CONFIGURATION.read_text()), end='')"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{DOCS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert path.read_text() == result.stdout, "Run `python docs/hooks.py` and commit docs/configuration.md."
+
+
+def test_formulas_are_typeset(pages, site):
+    method = DOCS / "method.md"
+    prose = re.sub(r"`[^`\n]+`", "", method.read_text())
+    blocks, inline = (
+        len(re.findall(r"\$\$.+?\$\$", prose, flags=re.DOTALL)),
+        re.sub(r"\$\$", "", prose).count("$") // 2,
+    )
+    html = (site / "method.html").read_text()
+    assert blocks >= 5 and html.count('display="block"') == blocks
+    assert inline > 20 and html.count('display="inline"') == inline
+    for path, page in pages.items():
+        assert not set("\ue000\ue001") & set(page.text), path.name
+    assert "$" not in pages[site / "method.html"].text
+
+
 # ----- quotations and examples ---------------------------------------------------------------------------------------
 
 
