@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from html.parser import HTMLParser
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -254,6 +255,8 @@ def test_examples_compile_and_name_real_fields(name, number, code):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "IBTPOConfig":
             given = {keyword.arg for keyword in node.keywords}
             assert given <= set(IBTPOConfig.__dataclass_fields__)
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "trl_ibtpo":
+            assert find_spec(node.module), node.module
 
 
 def test_pages_with_examples_have_them():
