@@ -29,7 +29,13 @@ def test_pure_floors_load_neither_torch_nor_trl(module):
 # From the bottom up: a file imports from floors below its own, and no two files import each other.
 FLOORS = [
     ["steps", "tree", "engines/base", "training/time_limit", "training/hooks", "prefix_sharing/trie"],
-    ["scores", "prefix_sharing/attention", "evaluation/estimates", "training/checkpoints"],
+    [
+        "scores",
+        "prefix_sharing/attention",
+        "prefix_sharing/comparison",
+        "evaluation/estimates",
+        "training/checkpoints",
+    ],
     ["branching", "advantages", "viewing/drawing", "prefix_sharing/trainer_mixin"],
     ["growth", "viewing/text"],
     ["engines/transformers", "engines/vllm", "engines/vllm_server", "engines/vllm_cpu", "ibtpo_config"],

@@ -109,7 +109,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             self.vllm_generation = CPUVLLMGeneration.adopt(self.vllm_generation)
         checks.refuse_sharded_growth(self._dist, args)
         self._check_process_share()
-        self._packed_forward, self._packed_reason = self._choose_forward()
+        self._choose_forward()
         self._success_index = self._find_success_reward()
         self._splitter = StepSplitter(self._tokenizer, args.step_delimiter)
         self._tree_inputs: list[dict[str, Any]] = []  # dataset rows of the generation batch being made
@@ -266,10 +266,9 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             )
         trees = args.per_device_train_batch_size * args.steps_per_generation // self.num_generations
         engine = f"vLLM, {self.vllm_mode} mode" if self.use_vllm else "transformers (`use_vllm` is off)"
-        forward = "prefix-shared" if self._packed_forward else "TRL's"
         return (
             f"IB-TPO: {shape}, {trees} per process and generation; advantage '{args.advantage}' "
             f"(ib_coef={args.ib_coef}, ib_beta={args.ib_beta}); success from "
-            f"'{self.reward_func_names[self._success_index]}'; engine: {engine}; forward: {forward} "
-            f"({self._packed_reason})."
+            f"'{self.reward_func_names[self._success_index]}'; engine: {engine}; "
+            f"forward: {self._forward_in_words()}."
         )

@@ -10,7 +10,15 @@ from transformers.masking_utils import sdpa_mask
 from .trie import PackedBatch
 
 TRIE_ATTENTION = "ibtpo_trie"  # sdpa, and along the trie where a packed batch comes with the forward
-_IGNORED_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # transformers takes a 4-D mask as it is
+# In place of a mask where the batch says who attends to whom. transformers takes a mask of four dimensions as it is,
+# and one of no keys fits no attention: a layer that gets it without the batch cannot go on.
+_NO_KEYS = torch.ones(1, 1, 1, 0, dtype=torch.bool)
+
+UNUSED_WINDOWS = {"max_window_layers"}  # fields of configurations that are no number of tokens
+
+
+class MissingBatchError(RuntimeError):
+    """A prefix-shared forward reached an attention layer without its batch: it would attend to anything."""
 
 
 def _trie_attention(module, query, key, value, attention_mask, packed_batch: PackedBatch | None = None, **kwargs):
@@ -19,9 +27,14 @@ def _trie_attention(module, query, key, value, attention_mask, packed_batch: Pac
     Each segment costs what it costs in a row of its own: a mask of all positions would cost the square of all of them.
     """
     if packed_batch is None:
+        if attention_mask is not None and not attention_mask.shape[-1]:
+            raise MissingBatchError(
+                f"{type(module).__name__} is not given the keyword arguments of the model's forward, which say what "
+                "each token attends to; `packed_forward=False` does without them"
+            )
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     outputs = []
-    for own, keys, mask in packed_batch._segment_indices:
+    for own, keys, mask in packed_batch.segment_indices(query.device):
         key_part, value_part = (
             (key[:, :, own], value[:, :, own])
             if keys is None
@@ -37,10 +50,13 @@ AttentionMaskInterface.register(TRIE_ATTENTION, sdpa_mask)
 
 def model_arguments(model: PreTrainedModel, packed: PackedBatch) -> dict[str, Any]:
     """Arguments with which the forward of `model` attends along the trie."""
+    config = model.config.get_text_config()
     arguments: dict[str, Any] = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
-    implementation = model.config.get_text_config()._attn_implementation
+    if getattr(config, "output_router_logits", False):
+        arguments["output_router_logits"] = False  # the loss that TRL's head makes of them takes no such masks
+    implementation = config._attn_implementation
     if implementation == TRIE_ATTENTION:
-        return {**arguments, "attention_mask": _IGNORED_MASK.to(packed.input_ids.device), "packed_batch": packed}
+        return {**arguments, "attention_mask": _NO_KEYS.to(packed.input_ids.device), "packed_batch": packed}
     if implementation == "flex_attention":
         return {**arguments, "attention_mask": packed.block_mask()}
     mask = packed.dense_mask()
@@ -54,8 +70,10 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     if layer_types != {"full_attention"}:
         return f"the model has layers of other kinds than full attention ({', '.join(sorted(layer_types))})"
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        return f"the model attends to a sliding window (of {config.sliding_window} tokens)"
+    unused = UNUSED_WINDOWS if getattr(config, "use_sliding_window", True) else {*UNUSED_WINDOWS, "sliding_window"}
+    for name, value in config.to_dict().items():  # whatever code of a model's own calls it
+        if ("window" in name or "attention_chunk" in name) and name not in unused and type(value) is int and value > 0:
+            return f"the model attends to a sliding window (of {value} tokens)"
     if not getattr(config, "rope_parameters", None):
         return "the model's positions are not rotary, so they may depend on the padding"
     if not model._can_set_attn_implementation():
@@ -73,6 +91,12 @@ def prepare_model(model: PreTrainedModel) -> None:
     """Let `model` attend along the trie of a packed batch; its other forwards stay as they are."""
     if model.config.get_text_config()._attn_implementation == "sdpa":
         model.set_attn_implementation(TRIE_ATTENTION)
+
+
+def restore_model(model: PreTrainedModel) -> None:
+    """Undo `prepare_model`."""
+    if model.config.get_text_config()._attn_implementation == TRIE_ATTENTION:
+        model.set_attn_implementation("sdpa")
 
 
 def packed_logps_and_entropies(

@@ -7,6 +7,8 @@ import pytest
 import tiny
 import torch
 import transformers
+from accelerate import dispatch_model
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,9 +21,12 @@ from transformers import (
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
+    NemotronConfig,
     OPTConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
+    StableLmConfig,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl import GRPOTrainer
@@ -29,11 +34,14 @@ from trl.trainer.utils import add_fused_lm_head
 
 from trl_ibtpo import IBTPOTrainer
 from trl_ibtpo.prefix_sharing.attention import (
+    MissingBatchError,
+    _trie_attention,
     model_arguments,
     packed_logps_and_entropies,
     prepare_model,
     why_not_packed,
 )
+from trl_ibtpo.prefix_sharing.comparison import comparison_batch, why_not_exact
 from trl_ibtpo.prefix_sharing.trainer_mixin import keep_groups_together
 from trl_ibtpo.prefix_sharing.trie import BLOCK, pack_prefixes
 
@@ -132,7 +140,9 @@ def test_every_token_once_and_its_own_ancestors(rows):
     assert (packed.shift_labels != -100).sum() == len(
         {(tuple(prompt), tuple(completion[:n])) for prompt, completion in rows for n in range(1, len(completion) + 1)}
     )
-    assert len(tokens) <= int(mask.sum())
+    at_the_end = bool(mask[:, -1].any())  # else one token more takes the last column
+    assert len(tokens) <= int(mask.sum()) + (not at_the_end)
+    assert packed.position_ids.max() == ids.shape[1] - 1
     for row, (prompt, completion) in enumerate(rows):
         for place, token in enumerate(completion):
             position = int(packed.gather[row, place])
@@ -378,17 +388,26 @@ OTHER_MODELS = {
         "sdpa",
         "layers of other kinds .*linear_attention",
     ),
+    # Their layers do not pass keyword arguments on.
+    "stablelm": (StableLmConfig(**SHAPE), "sdpa", "StableLmAttention is not given the keyword arguments"),
+    "nemotron": (NemotronConfig(**SHAPE), "sdpa", "NemotronAttention is not given the keyword arguments"),
 }
+
+
+def save_model(shape, model_path, path, implementation: str = "sdpa") -> str:
+    """A model of that configuration beside the tokenizer of `model_path`."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_path)
+    torch.manual_seed(0)
+    shape = type(shape)(**{**shape.to_dict(), "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id})
+    AutoModelForCausalLM.from_config(shape, attn_implementation=implementation).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
 
 
 @pytest.mark.parametrize("name", OTHER_MODELS)
 def test_where_it_is_not_exact_trl_computes(name, config, model_path, tmp_path, capsys):
     shape, implementation, reason = OTHER_MODELS[name]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model_path)
-    torch.manual_seed(0)
-    shape = type(shape)(**{**shape.to_dict(), "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id})
-    AutoModelForCausalLM.from_config(shape, attn_implementation=implementation).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    save_model(shape, model_path, tmp_path / "model", implementation)
     runs = []
     for packed_forward in (None, False):
         seen = []
@@ -505,3 +524,256 @@ def test_what_comes_with_images_is_left_to_trl(config, model_path):
     assert shapes == [(2, 5)] and torch.equal(found[0], theirs(trainer, *arguments)[0])
     trainer._get_per_token_logps_and_entropies(*arguments)
     assert shapes[-1] == (1, 5)  # "5 6 7 8 9": the other row is a prefix of it
+
+
+# ----- sharing that says exact is exact ------------------------------------------------------------------------------
+
+
+def without_positions(model) -> None:
+    """Code that makes its own positions, as in a row without branches."""
+
+    def drop(module, args, kwargs):
+        return args, {**kwargs, "position_ids": None}
+
+    model.model.register_forward_pre_hook(drop, with_kwargs=True)
+
+
+def with_a_look_back(model) -> None:
+    """A layer that mixes each token with the one before it, as short convolutions do."""
+
+    def look_back(module, args, output):
+        return output + torch.nn.functional.pad(output, (0, 0, 1, 0))[:, :-1]
+
+    model.model.embed_tokens.register_forward_hook(look_back)
+
+
+@pytest.mark.parametrize("first_batch", [False, True], ids=["at once", "on the first batch"])
+@pytest.mark.parametrize("change", [without_positions, with_a_look_back])
+def test_a_model_whose_configuration_does_not_tell(change, first_batch, config, model_path, capsys):
+    """The numbers differ, so TRL's forward computes: as in a run without sharing, and aloud."""
+    runs, sentence = [], r"the model's log-probabilities would differ from those of TRL's forward by up to [\d.]+ nats"
+    place = {"bf16_full_eval": first_batch}  # then the trainer places the model when training begins
+    for packed_forward in (None, False):
+        model, seen = AutoModelForCausalLM.from_pretrained(model_path), []
+        change(model)
+        runs.append(train(config, model, seen, packed_forward=packed_forward, max_steps=2, **place))
+        said = capsys.readouterr().out
+        assert said.count("forward: TRL's") == 1
+        assert bool(re.search(rf"forward: TRL's \({sentence}, where rounding explains", said)) != (
+            packed_forward is False
+        )
+        assert ("if the comparison with TRL's on the first batch" in said) == (first_batch and packed_forward is None)
+        assert model.config._attn_implementation == "sdpa"
+    assert {rows for rows, _ in seen} == {12}
+    for key, value in weights(runs[0]).items():
+        assert torch.equal(value, weights(runs[1])[key])
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    change(model)
+    with pytest.raises(ValueError, match=f"`packed_forward` is True, but {sentence}"):
+        train(config, model, packed_forward=True, **place)
+
+
+def test_the_comparison_on_the_first_batch_comes_before_anything_is_shared(config, model_path, capsys):
+    shapes = []
+    trainer = train(config, model_path, shapes, bf16_full_eval=True)
+    said = capsys.readouterr().out
+    assert "forward: prefix-shared, if the comparison with TRL's on the first batch shows it to be exact." in said
+    assert said.count("IB-TPO: forward: prefix-shared (exact for this model).") == 1
+    batch = comparison_batch(320)[0].shape
+    assert shapes[:3].count(tuple(batch)) == 2 and shapes[3][0] == 1  # padded, padded more, padded again, shared
+    assert {rows for rows, _ in shapes[4:]} == {1}
+    plain = train(config, model_path, packed_forward=False, bf16_full_eval=True)
+    torch.testing.assert_close(weights(trainer), weights(plain), atol=1e-5, rtol=0)
+
+
+def test_the_comparison_leaves_no_traces(config, model_path):
+    """Neither random numbers nor modes nor gradients; dropout would use all three."""
+    states = []
+    for packed_forward in (True, False):
+        model = AutoModelForCausalLM.from_pretrained(model_path, attention_dropout=0.5)
+        model.train()
+        model.lm_head.eval()
+        modes = [module.training for module in model.modules()]
+        trainer = IBTPOTrainer(
+            model, tiny.even_length, config(packed_forward=packed_forward, beta=0.01), tiny.questions()
+        )
+        assert trainer._packed_forward == packed_forward
+        assert [module.training for module in model.modules()] == modes
+        assert all(parameter.grad is None for parameter in model.parameters())
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def test_a_reference_model_of_other_code_is_compared_as_well(config, model_path):
+    trainer = IBTPOTrainer(model_path, tiny.even_length, config(beta=0.01), tiny.questions())
+    assert trainer._packed_forward
+    with_a_look_back(trainer.ref_model)
+    trainer._choose_forward()
+    assert not trainer._packed_forward and "would differ" in trainer._packed_reason
+    assert {each.config._attn_implementation for each in (trainer.model, trainer.ref_model)} == {"sdpa"}
+
+
+def reason_of(model, precision: str) -> str | None:
+    return why_not_exact(
+        lambda *batch: fused_head(model, *batch, None)[0],
+        lambda *batch: fused_head(model, *batch, pack_prefixes(*batch))[0],
+        lambda: prepare_model(model),
+        VOCABULARY,
+        "cpu",
+        precision,
+    )
+
+
+@pytest.mark.parametrize("change", [None, without_positions, with_a_look_back])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_tolerance_tells_rounding_from_errors(name, dtype, change):
+    model = make_model(name, dtype=dtype)
+    if change is not None:
+        change(model)
+    with torch.no_grad():
+        reason = reason_of(model, "full" if dtype == torch.float32 else "reduced")
+    assert reason is None if change is None else "would differ" in reason
+
+
+def test_no_number_is_no_agreement():
+    batch = comparison_batch(VOCABULARY)
+    broken = torch.full(batch[0].shape, torch.nan)
+    assert "by up to inf nats" in why_not_exact(
+        lambda *_: broken, lambda *_: broken, lambda: None, VOCABULARY, "cpu", "full"
+    )
+
+
+def test_attention_without_the_batch_is_an_error():
+    """Not a forward in which every token sees every other one."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(StableLmConfig(**SHAPE))
+    add_fused_lm_head(model)
+    ids, mask, kept = padded([([1, 2], [3, 4, 5]), ([1, 2], [3, 6])])
+    before = model(ids, attention_mask=mask).logits
+    prepare_model(model)
+    with pytest.raises(MissingBatchError, match=r"StableLmAttention is not given .* `packed_forward=False` does"):
+        packed_logps_and_entropies(model, model, pack_prefixes(ids, mask, kept))
+    assert torch.equal(before, model(ids, attention_mask=mask).logits)
+    one = torch.ones(1, 1, dtype=torch.long)
+    assert model.generate(one, attention_mask=one, max_new_tokens=3, min_new_tokens=3).shape == (1, 4)
+
+
+def test_windows_of_any_name_are_found():
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE, local_window_size=16))
+    assert why_not_packed(model) == "the model attends to a sliding window (of 16 tokens)"
+    unused = Qwen3Config(**SHAPE, head_dim=16, sliding_window=16, use_sliding_window=False)
+    assert why_not_packed(AutoModelForCausalLM.from_config(unused)) is None
+
+
+# ----- mixtures of experts -------------------------------------------------------------------------------------------
+
+EXPERTS = Qwen3MoeConfig(**SHAPE, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+
+
+def test_a_load_balancing_loss_needs_every_row(config, model_path, tmp_path, capsys):
+    path, runs = save_model(EXPERTS, model_path, tmp_path / "model"), []
+    for packed_forward in (None, False):
+        seen = []
+        runs.append(train(config, path, seen, packed_forward=packed_forward, max_steps=2))
+        assert {rows for rows, _ in seen} == {12}
+        said = capsys.readouterr().out
+        assert said.count("forward: TRL's (the load-balancing loss of the mixture of experts") == (not runs[1:])
+        assert ("`router_aux_loss_coef=0` instead of 0.001" in said) == (not runs[1:])
+        assert "aux_loss" in runs[-1].state.log_history[0]
+    for key, value in weights(runs[0]).items():
+        assert torch.equal(value, weights(runs[1])[key])
+    with pytest.raises(ValueError, match="`packed_forward` is True, but the load-balancing loss"):
+        train(config, path, packed_forward=True)
+
+
+def test_without_that_loss_experts_share_prefixes(config, model_path, tmp_path):
+    """Experts are chosen token by token."""
+    path, runs = save_model(EXPERTS, model_path, tmp_path / "model"), []
+    for packed_forward in (True, False):
+        seen = []
+        runs.append(train(config, path, seen, packed_forward=packed_forward, router_aux_loss_coef=0.0))
+        assert {rows for rows, _ in seen[4 * packed_forward :]} == {1 if packed_forward else 12}
+        assert "aux_loss" not in runs[-1].state.log_history[0]
+    torch.testing.assert_close(weights(runs[0]), weights(runs[1]), atol=1e-5, rtol=0)
+
+
+def test_router_logits_that_nobody_asks_for():
+    """TRL's head would make a loss of them, and it takes masks of two dimensions."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(EXPERTS)
+    model.config.output_router_logits = True
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    assert reason_of(model, "full") is None
+
+
+# ----- positions and devices -----------------------------------------------------------------------------------------
+
+ROTARY = {
+    "default": {"rope_type": "default"},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+def test_rotary_frequencies_that_depend_on_the_longest_position(kind):
+    """A batch is padded beyond the 16 positions of training, and the rows of this micro-batch are shorter."""
+    shape = {**SHAPE, "max_position_embeddings": 16}
+    torch.manual_seed(0)
+    config = Qwen3Config(**shape, head_dim=16, rope_parameters={"rope_theta": 100.0, **ROTARY[kind]})
+    models = [AutoModelForCausalLM.from_config(config) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    prepare_model(models[1])
+    for model in models:
+        add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    ids, mask, kept = padded([([1, 2, 3], [4, 5, 6, 7]), ([1, 2, 3], [4, 5, 8])])
+    for extra in (0, 20, 40, 2, 20):  # the frequencies remember earlier batches
+        wide = [torch.nn.functional.pad(each, (0, extra)) for each in (ids, mask)]
+        with torch.no_grad():
+            expected = fused_head(models[0], *wide, kept + extra, None)
+            found = fused_head(models[1], *wide, kept + extra, pack_prefixes(*wide, kept + extra))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_layers_on_several_devices():
+    """A layer attends on its own device, wherever the batch is; what it needs there is made once."""
+    packed = pack_prefixes(*padded([([1, 2], [3, 4, 5]), ([1, 2], [3, 6])]))
+    length = packed.input_ids.shape[1]
+    module = torch.nn.Module()
+    for device in ("cpu", "meta", "cpu"):
+        query, key, value = torch.randn(3, 1, 2, length, 8, device=device)
+        out, _ = _trie_attention(module, query, key, value, None, packed_batch=packed)
+        assert out.device.type == device and out.shape == (1, length, 2, 8)
+    for device in (torch.device("cpu"), torch.device("meta")):
+        indices = packed.segment_indices(device)
+        assert {each.device for _, keys, mask in indices if keys is not None for each in (keys, mask)} == {device}
+        assert packed.segment_indices(device) is indices
+
+
+def test_hooks_that_move_arguments_leave_the_batch_as_it_is():
+    """Models on several devices have accelerate's hooks: they move tensors, not what is inside the batch."""
+    packed = pack_prefixes(*padded([([1, 2], [3, 4, 5]), ([1, 2], [3, 6])]))
+    model = make_model("qwen3")
+    prepare_model(model)
+    arguments = send_to_device(model_arguments(model, packed), torch.device("meta"))
+    assert arguments["packed_batch"] is packed and packed.input_ids.device.type == "cpu"
+    assert {arguments[name].device.type for name in ("input_ids", "position_ids", "attention_mask")} == {"meta"}
+
+
+def test_a_model_on_several_devices(config, model_path):
+    """Dispatched as transformers does it, here to one kind of device."""
+    runs = []
+    for packed_forward in (True, False):
+        model = AutoModelForCausalLM.from_pretrained(model_path)
+        layers = {f"model.layers.{number}": "cpu" for number in range(2)}
+        rest = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+        dispatch_model(model, {**layers, **rest}, main_device="cpu", force_hooks=True)
+        runs.append(train(config, model, packed_forward=packed_forward))
+    torch.testing.assert_close(weights(runs[0]), weights(runs[1]), atol=1e-5, rtol=0)
