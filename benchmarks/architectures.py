@@ -19,9 +19,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from trl.trainer.utils import add_fused_lm_head
 
 from benchmarks import common
-from trl_ibtpo.prefix_sharing.attention import packed_logps_and_entropies, prepare_model, why_not_packed
+from trl_ibtpo.prefix_sharing.attention import prepare_model, shared_logps_and_entropies, why_not_shared
 from trl_ibtpo.prefix_sharing.comparison import comparison_batch, why_not_exact
-from trl_ibtpo.prefix_sharing.trie import pack_prefixes
+from trl_ibtpo.prefix_sharing.trie import share_prefixes
 
 VOCABULARY = 64
 MOST_PARAMETERS = 10_000_000
@@ -111,7 +111,7 @@ def padded_logps(model, ids, mask, kept) -> torch.Tensor:
 
 
 def shared_logps(model, ids, mask, kept) -> torch.Tensor:
-    return packed_logps_and_entropies(model, model, pack_prefixes(ids, mask, kept))[0]
+    return shared_logps_and_entropies(model, model, share_prefixes(ids, mask, kept))[0]
 
 
 @torch.no_grad()
@@ -123,7 +123,7 @@ def compare(config_class: type[PreTrainedConfig], dtype=torch.float32) -> dict[s
     except CannotBuildError as error:
         return {**row, "reason": f"{NOT_BUILT}{error}"}
     batch = comparison_batch(VOCABULARY)
-    reason = why_not_packed(model)
+    reason = why_not_shared(model)
     if reason is None:
         try:
             expected = padded_logps(model, *batch)

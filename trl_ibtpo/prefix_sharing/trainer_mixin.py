@@ -9,9 +9,9 @@ from accelerate.utils import gather_object, is_peft_model
 from transformers import PreTrainedModel
 from trl.trainer.utils import split_tensor_dict
 
-from .attention import packed_logps_and_entropies, prepare_model, restore_model, why_not_packed
+from .attention import prepare_model, restore_model, shared_logps_and_entropies, why_not_shared
 from .comparison import why_not_exact
-from .trie import PackedBatch, pack_prefixes
+from .trie import SharedBatch, share_prefixes
 
 
 class PrefixSharedForward:
@@ -65,15 +65,15 @@ class PrefixSharedForward:
             "mm_token_type_ids": mm_token_type_ids,
             "image_position_ids": image_position_ids,
         }
-        packed_batches = [None]
+        shared_batches = [None]
         # The load-balancing loss of a mixture of experts counts tokens, so it would change.
         if self._packed_forward and not compute_aux_loss and all(value is None for value in multimodal.values()):
             size = batch_size or len(input_ids)
-            packed_batches = [
-                pack_prefixes(input_ids[start : start + size], attention_mask[start : start + size], logits_to_keep)
+            shared_batches = [
+                share_prefixes(input_ids[start : start + size], attention_mask[start : start + size], logits_to_keep)
                 for start in range(0, len(input_ids), size)
             ]
-        if None in packed_batches:
+        if None in shared_batches:
             return super()._get_per_token_logps_and_entropies(
                 model,
                 input_ids,
@@ -84,12 +84,12 @@ class PrefixSharedForward:
                 compute_aux_loss=compute_aux_loss,
                 **multimodal,
             )
-        logps, entropies = zip(*[self._shared_forward(model, packed) for packed in packed_batches], strict=True)
+        logps, entropies = zip(*[self._shared_forward(model, shared) for shared in shared_batches], strict=True)
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
-    def _shared_forward(self, model: torch.nn.Module, packed: PackedBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _shared_forward(self, model: torch.nn.Module, shared: SharedBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
         with self.accelerator.autocast():
-            return packed_logps_and_entropies(model, self._base_model(model), packed)
+            return shared_logps_and_entropies(model, self._base_model(model), shared)
 
     def _base_model(self, model: torch.nn.Module) -> PreTrainedModel:
         """The transformers model inside wrappers and adapters."""
@@ -112,7 +112,7 @@ class PrefixSharedForward:
 
     def _settle(self, reason: str | None) -> None:
         """Share prefixes, or run TRL's forward for a reason: aloud, and an error where sharing was asked for."""
-        self._packed_forward, self._packed_reason = reason is None, reason or "exact for this model"
+        self._packed_forward, self._forward_reason = reason is None, reason or "exact for this model"
         if reason is not None and self.args.packed_forward:
             raise ValueError(f"`packed_forward` is True, but {reason}. Leave it out to use TRL's forward here.")
 
@@ -120,7 +120,7 @@ class PrefixSharedForward:
         if self._compare_first:
             return "prefix-shared, if the comparison with TRL's on the first batch shows it to be exact"
         forward = "prefix-shared" if self._packed_forward else "TRL's"
-        return f"{forward} ({self._packed_reason})"
+        return f"{forward} ({self._forward_reason})"
 
     def _why_not_possible(self) -> str | None:
         """What arguments and configurations tell."""
@@ -138,7 +138,7 @@ class PrefixSharedForward:
             )
         if self.is_model_parallel and self._base_model(self.model).config._attn_implementation == "flex_attention":
             return "the model's layers are on several devices, and the mask of 'flex_attention' is on one"
-        reasons = [why_not_packed(self._base_model(model)) for model in self._models_in_use()]
+        reasons = [why_not_shared(self._base_model(model)) for model in self._models_in_use()]
         return next((reason for reason in reasons if reason is not None), None)
 
     def _why_not_exact(self) -> str | None:
@@ -152,7 +152,7 @@ class PrefixSharedForward:
                 return padded_forward(model, *batch)[0]
 
             def shared(*batch, model=model):
-                return self._shared_forward(model, pack_prefixes(*batch))[0]
+                return self._shared_forward(model, share_prefixes(*batch))[0]
 
             def prepare(base_model=base_model):
                 prepare_model(base_model)

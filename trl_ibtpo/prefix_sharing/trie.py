@@ -1,9 +1,10 @@
 """The prefix-shared forward: every token that rows of a batch share is computed once.
 
 Trajectories of a tree repeat the prefixes they branched from, and all completions of a question repeat its prompt.
-`pack_prefixes` lays a batch out as a trie in one row, depth first, so that the tokens under any token are the run that
-follows it; each token attends to itself and its ancestors. Where a row branches off, the last shared token is laid out
-again at the head of the branch: every position then has one token to predict, as a language-model head wants it.
+`share_prefixes` lays a batch out as a trie in one row, depth first, so that the tokens under any token are the run
+that follows it; each token attends to itself and its ancestors. Where a row branches off, the last shared token is
+laid out again at the head of the branch: every position then has one token to predict, as a language-model head wants
+it.
 Log-probabilities and entropies are gathered back to the rows, and gradients of shared tokens add up, so both equal
 those of the batch as it was up to rounding. With dropout, what is shared is dropped once.
 
@@ -29,7 +30,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class PackedBatch:
+class SharedBatch:
     """A batch of `B` rows with `C` completion columns as one row of `L` tokens."""
 
     input_ids: torch.Tensor  # (1, L)
@@ -42,7 +43,7 @@ class PackedBatch:
     _indices: dict = field(default_factory=dict, repr=False, compare=False)  # device to those of the segments
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
-        """Values of packed positions, `(1, L)`, to rows, `(B, C)`; 0 where nothing is scored, as in TRL.
+        """Values of the one row, `(1, L)`, to rows, `(B, C)`; 0 where nothing is scored, as in TRL.
 
         The head of a model on several devices may be on another one than the batch.
         """
@@ -98,7 +99,7 @@ def _indices_of(segment: Segment, device: torch.device) -> tuple[slice, torch.Te
     return own, keys, mask[None, None]
 
 
-def pack_prefixes(input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int) -> PackedBatch | None:
+def share_prefixes(input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int) -> SharedBatch | None:
     """Lay out a batch of left-padded prompts and right-padded completions as one row.
 
     Args:
@@ -122,7 +123,7 @@ def pack_prefixes(input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_
     tokens: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     segments: list[Segment] = []
-    paths: dict[int, np.ndarray] = {}  # packed position of each token of a row
+    paths: dict[int, np.ndarray] = {}  # position of each token of a row, in the one row
     length, previous = 0, None
     for row in order:
         shared = 0
@@ -160,7 +161,7 @@ def pack_prefixes(input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_
         labels[path[start - 1 : -1]] = rows[row][start:]
         gather[row, : len(path) - start] = path[start - 1 : -1]
     device = input_ids.device
-    return PackedBatch(
+    return SharedBatch(
         input_ids=torch.from_numpy(np.concatenate(tokens))[None].to(device),
         position_ids=torch.from_numpy(np.concatenate(positions))[None].to(device),
         shift_labels=torch.from_numpy(labels)[None].to(device),
