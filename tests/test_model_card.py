@@ -8,13 +8,15 @@ import pytest
 import tiny
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from test_scores import graft, rewarded
 from trl import GRPOConfig
 
 from trl_ibtpo import IBTPOConfig, IBTPOTrainer
-from trl_ibtpo.growth import GrowthSettings, TreeGrower
+from trl_ibtpo.growth import GrownTree, GrowthSettings
 from trl_ibtpo.scores import score_tree
-from trl_ibtpo.training.model_card import GrownTree, as_text, complete_card, tree_to_show
+from trl_ibtpo.training.model_card import as_text, complete_card, tree_to_show
 from trl_ibtpo.tree import RolloutTree
+from trl_ibtpo.viewing.drawing import draw_learning_curve
 
 BARE_CARD = """\
 ---
@@ -30,11 +32,15 @@ This model is a fine-tuned version of [None](https://huggingface.co/None).
 """
 
 
-def shown_tree() -> GrownTree:
+def grown(tree: RolloutTree, success: list[float]) -> GrownTree:
+    return GrownTree(rewarded(tree, success), score_tree(tree, beta=5.0), GrowthSettings())
+
+
+def shown_tree() -> tuple[GrownTree, int]:
     tree = RolloutTree([1, 2])
-    tree.graft(0, [3, 4, 5], [-0.1] * 3, [2, 3])
-    tree.graft(1, [5, 5], [-0.1] * 2, [2])
-    return GrownTree(tree, [1.0, 0.0], score_tree(tree, [1.0, 0.0], beta=5.0), step=7)
+    graft(tree, 0, [3, 4, 5], [-0.1] * 3, [2, 3])
+    graft(tree, 1, [5, 5], [-0.1] * 2, [2], round=1)
+    return grown(tree, [1.0, 0.0]), 7
 
 
 def make_card(folder, shown=None, logs=(), success_reward="is_right", **settings) -> str:
@@ -57,6 +63,25 @@ def test_pictures_only_of_what_there_is(tmp_path):
     card = make_card(tmp_path, shown_tree(), logs=[{"step": 1, "tree/effective_rate": 0.5}])
     assert card.count("![") == 2 and "training step 7" in card
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"training_curves.png", "tree.png"}
+
+
+def test_a_window_without_a_value_has_no_point(tmp_path):
+    """TRL logs None for it."""
+    logs = [{"step": step, "tree/average_success": value} for step, value in ((1, None), (2, 0.5), (3, math.nan))]
+    make_card(tmp_path, logs=logs)
+    assert (tmp_path / "figures" / "training_curves.png").exists()
+    figure = draw_learning_curve(logs)
+    assert figure.axes[0].collections[0].get_offsets().tolist() == [[2.0, 0.5]]
+    other = tmp_path / "other"
+    other.mkdir()
+    assert "![" not in make_card(other, logs=logs[:1])
+
+
+def test_a_curve_of_any_reward_is_in_the_picture():
+    low, high = draw_learning_curve([{"step": 1, "reward": -3.0}, {"step": 2, "reward": 2.0}]).axes[0].get_ylim()
+    assert low < -3 and 2 < high < 3
+    rates = draw_learning_curve([{"step": 1, "reward": 0.25}]).axes[0].get_ylim()
+    assert rates == pytest.approx((-0.03, 1.03))  # as ever
 
 
 def test_a_second_card_replaces_the_first(tmp_path):
@@ -105,18 +130,17 @@ def test_plain_names_stay_readable():
     ]  # fmt: skip
 
 
-def grower(success: list[float]) -> TreeGrower:
-    grown = TreeGrower([1], GrowthSettings(), splitter=None)
-    for value in success:
-        grown.tree.graft(0, [2], [-0.1], [1])
-        grown.success.append(value)
-    return grown
+def flat_tree(success: list[float]) -> GrownTree:
+    tree = RolloutTree([1])
+    for _ in success:
+        graft(tree, 0, [2], [-0.1], [1])
+    return grown(tree, success)
 
 
 def test_the_tree_with_most_to_see_is_shown():
-    growers = [grower([math.nan] * 2), grower([1.0, 1.0]), grower([1.0, 0.0]), grower([0.0, 1.0])]
-    shown = tree_to_show(growers, step=3)
-    assert shown.tree is growers[2].tree and shown.step == 3
+    trees = [flat_tree(success) for success in ([math.nan] * 2, [1.0, 1.0], [1.0, 0.0], [0.0, 1.0])]
+    shown = tree_to_show(trees)
+    assert shown is trees[2]
     assert np.nanmean(shown.scores.density) == 0.5
 
 
@@ -124,5 +148,33 @@ def test_trainer_keeps_one_tree(config, model_path):
     trainer = IBTPOTrainer(model_path, tiny.even_length, config(max_steps=2), tiny.questions())
     assert trainer._shown_tree is None
     trainer.train()
-    assert isinstance(trainer._shown_tree, GrownTree) and trainer._shown_tree.step == 2
-    assert len(trainer._shown_tree.tree.leaves) == len(trainer._shown_tree.success) == 12
+    shown, step = trainer._shown_tree
+    assert isinstance(shown, GrownTree) and step == 2
+    assert len(shown.tree.leaves) == len(shown.tree.success) == 12
+
+
+def no_opinion_at_first(completions, trainer_state, **kwargs) -> list[float | None]:
+    return [None if trainer_state.global_step == 0 else 1.0] * len(completions)
+
+
+def test_a_window_without_a_known_reward_is_saved(config, model_path, tmp_path):
+    args = config(max_steps=2, save_strategy="steps", save_steps=1)
+    trainer = IBTPOTrainer(model_path, no_opinion_at_first, args, tiny.questions())
+    trainer.train()
+    assert [entry["tree/average_success"] for entry in trainer.state.log_history[:2]] == [None, 1.0]
+    for step in (1, 2):
+        assert (tmp_path / "out" / f"checkpoint-{step}" / "model.safetensors").exists()
+    assert (tmp_path / "out" / "figures" / "training_curves.png").exists()
+
+
+def test_a_card_that_cannot_be_written_stops_no_checkpoint(config, model_path, tmp_path, monkeypatch, caplog):
+    def fails(*args, **kwargs):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("trl_ibtpo.training.model_card.draw_tree", fails)
+    args = config(max_steps=1, save_strategy="steps", save_steps=1)
+    IBTPOTrainer(model_path, tiny.even_length, args, tiny.questions()).train()
+    assert (tmp_path / "out" / "checkpoint-1" / "model.safetensors").exists()
+    assert (tmp_path / "out" / "README.md").exists()  # TRL's
+    (message,) = {record.getMessage() for record in caplog.records if "model card" in record.getMessage()}
+    assert "has no section about trees: writing it raised RuntimeError: no font" in message

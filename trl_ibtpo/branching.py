@@ -32,7 +32,9 @@ def random(scores: TreeScores, rng: np.random.Generator) -> np.ndarray:
 STRATEGIES: dict[str, Strategy | None] = {"ib": ib, "confidence": confidence, "random": random, "independent": None}
 
 
-def select_steps(priority: np.ndarray, eligible: np.ndarray, count: int, last: np.ndarray | None = None) -> list[int]:
+def select_steps(
+    priority: np.ndarray, eligible: np.ndarray, count: int, deferred: np.ndarray | None = None
+) -> list[int]:
     """The `count` eligible steps of highest priority, ties broken by the earlier step.
 
     Where fewer steps are eligible than asked for, they are taken again in the same order, so a tree always reaches
@@ -42,8 +44,15 @@ def select_steps(priority: np.ndarray, eligible: np.ndarray, count: int, last: n
         priority: `(N,)`.
         eligible: boolean, `(N,)`, true somewhere.
         count: the paper's K.
-        last: boolean, `(N,)`: steps taken only after all others.
+        deferred: boolean, `(N,)`: steps taken only after all others.
     """
-    last = np.zeros_like(eligible) if last is None else last
-    ranked = [int(step) for step in np.lexsort((-priority, last)) if eligible[step]]
+    ranked: list[int] = []
+    for allowed in (eligible,) if deferred is None else (eligible & ~deferred, eligible & deferred):
+        steps = np.flatnonzero(allowed)
+        values = priority[steps]
+        if len(ranked) + 1 == count and len(steps):
+            best = values.argmax()  # the first of equal ones, or of those without a score
+            if not np.isnan(values[best]):  # as with the paper's K = 1: nothing needs to be sorted
+                return [*ranked, int(steps[best])]
+        ranked += steps[np.argsort(-values, kind="stable")][: count - len(ranked)].tolist()
     return [ranked[index % len(ranked)] for index in range(count)]

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object, is_peft_model
 from transformers import PreTrainedModel
+from transformers.utils import logging
 from trl import GRPOTrainer
 
-from .advantages import ADVANTAGES, per_token
+from .advantages import token_advantages
 from .engines.vllm_cpu import CPUVLLMGeneration, runs_on_cpu
-from .growth import TreeGrower
+from .growth import GrownTree
 from .ibtpo_config import IBTPOConfig
 from .prefix_sharing.trainer_mixin import PrefixSharedForward
 from .steps import StepSplitter
@@ -25,8 +26,10 @@ from .training.checkpoints import WholeCheckpoints
 from .training.generation import TreeGeneration
 from .training.hooks import check_hooks
 from .training.metrics import TreeMetrics
-from .training.model_card import GrownTree, complete_card, tree_to_show
-from .training.rewards import RewardScorer
+from .training.model_card import complete_card, tree_to_show
+from .training.rewards import RewardScorer, describe_scaling
+
+logger = logging.get_logger(__name__)
 
 
 class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTrainer):
@@ -94,7 +97,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
                 f"`args` is a {type(args).__name__}; IBTPOTrainer needs an IBTPOConfig, which takes the same fields."
             )
         check_hooks(GRPOTrainer)
-        checks.refuse_unsupported(model, reward_funcs, args, train_dataset, processing_class, kwargs)
+        checks.refuse_unsupported(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, kwargs)
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -107,15 +110,17 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         checks.check_tokenizer(self._tokenizer)
         if self.use_vllm and self.vllm_mode == "colocate" and runs_on_cpu():
             self.vllm_generation = CPUVLLMGeneration.adopt(self.vllm_generation)
-        checks.refuse_sharded_growth(self._dist, args)
+        checks.refuse_sharded_growth(self._dist, args, self.reward_funcs)
         self._check_process_share()
         self._choose_forward()
         self._success_index = self._find_success_reward()
+        # Whether it was said how success is made of rewards outside [0, 1], or there is nothing to say.
+        self._scaling_said = args.success_range is not None or not args.success_steers
         self._splitter = StepSplitter(self._tokenizer, args.step_delimiter)
         self._tree_inputs: list[dict[str, Any]] = []  # dataset rows of the generation batch being made
-        self._growers: list[TreeGrower] = []
+        self._grown: list[GrownTree] = []
         self._scorer: RewardScorer | None = None
-        self._shown_tree: GrownTree | None = None  # one of the last generation batch, for the model card
+        self._shown_tree: tuple[GrownTree, int] | None = None  # and its training step, for the model card
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """As in TRL, except that `resume_from_checkpoint=True` is the last checkpoint that was written to the end."""
@@ -124,7 +129,9 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
+        if not self.is_world_process_zero():
+            return
+        try:
             complete_card(
                 self.args.output_dir,
                 self.args,
@@ -133,11 +140,18 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
                 success_reward=self.reward_func_names[self._success_index],
                 adapter=is_peft_model(self.accelerator.unwrap_model(self.model)),
             )
+        except Exception as error:  # a checkpoint is worth more than its card
+            logger.warning(
+                f"The model card in '{self.args.output_dir}' has no section about trees: writing it raised "
+                f"{type(error).__name__}: {error}. The checkpoint is not affected.",
+                exc_info=True,
+            )
 
     # ----- hooks into TRL: generation, rewards, advantages -----------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training:
+            checks.refuse_columns(inputs[0], "eval_dataset")
             return super()._generate_and_score_completions(inputs)
         checks.check_rows(inputs)
         self._tree_inputs = inputs
@@ -145,9 +159,9 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             output = super()._generate_and_score_completions(inputs)
             output["advantages"] = self._step_advantages(output["advantages"], output["completion_ids"])
             output["row"] = torch.arange(len(inputs), device=output["advantages"].device)
-            self._shown_tree = tree_to_show(self._growers, self.state.global_step + 1)
+            self._shown_tree = tree_to_show(self._grown), self.state.global_step + 1
         finally:
-            self._tree_inputs, self._growers, self._scorer = [], [], None
+            self._tree_inputs, self._grown, self._scorer = [], [], None
         return output
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
@@ -157,8 +171,8 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             )
         if images is not None:
             raise ValueError(checks.NO_IMAGES)
-        self._growers, self._scorer = self._grow(self._tree_inputs, prompt_ids)
-        trajectories = [grower.tree.trajectory(leaf) for grower in self._growers for leaf in range(num_generations)]
+        self._grown, self._scorer = self._grow(self._tree_inputs, prompt_ids)
+        trajectories = [grown.tree.trajectory(leaf) for grown in self._grown for leaf in range(num_generations)]
         completion_ids = [token_ids for token_ids, _ in trajectories]
         # As in TRL, only vLLM's log-probabilities are passed on, to correct for its mismatch with the policy.
         return completion_ids, [logprobs for _, logprobs in trajectories] if self.use_vllm else None
@@ -169,19 +183,26 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             if self.args.reward_timeout is None:
                 return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
             scorer = self._score_evaluation(inputs, completions, completion_ids_list)
-        if completions != scorer.completions:
+        elif [repr(completion) for completion in completions] != scorer.decoded:
             raise RuntimeError(
                 "TRL decoded the completions differently than they were scored. This TRL release is not supported; "
                 "trl_ibtpo was tested with TRL 1.16."
             )
+        completions[:] = scorer.completions  # reward functions may have edited them, which TRL's table shows
         for column, values in scorer.extra_columns.items():
             self._log_completion_extra(column, values)
         for name, calls in scorer.metrics.items():
             leaves = sum(count for _, count in calls)
             self._log_metric(name, sum(value * count for value, count in calls) / leaves)
         self._log_timeouts(scorer)
-        rewards = torch.tensor(scorer.rewards, device=self.accelerator.device)
-        return self.accelerator.gather(rewards)
+        rewards = self.accelerator.gather(torch.tensor(scorer.rewards, device=self.accelerator.device))
+        if self.model.training and not self._scaling_said:
+            success = rewards[:, self._success_index].cpu().double().numpy()
+            message = describe_scaling(self.reward_func_names[self._success_index], success)
+            self._scaling_said = message is not None
+            if message is not None and self.accelerator.is_main_process:
+                logger.warning(message)
+        return rewards
 
     def _log_timeouts(self, scorer: RewardScorer) -> None:
         """Completions that each function left unscored, over all processes; a collective call where a limit is set."""
@@ -198,35 +219,32 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
 
     def _step_advantages(self, advantages: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:
         """Replace GRPO's advantage of each trajectory by those of its steps: `(B,)` to `(B, T)`."""
-        method = ADVANTAGES[self.args.advantage]
         unscorable = np.isnan(self._scorer.rewards).all(axis=1)
         advantage_B = np.where(unscorable, np.nan, advantages.cpu().double().numpy())
-        per_step = np.zeros(completion_ids.shape)
-        metrics = TreeMetrics()
-        row = 0
-        for grower in self._growers:
-            tree, scores = grower.tree, grower.scores()
-            leaf_advantages = advantage_B[row : row + len(tree.leaves)]
-            terms = method(tree, scores, leaf_advantages, self.args.ib_coef)
-            shared_by = tree.leaf_count()
-            metrics.add_tree(grower, scores)
-            for leaf, (global_S, local_S) in enumerate(zip(terms.global_terms, terms.local_terms, strict=True)):
-                metrics.add_trajectory(*(per_token(tree, leaf, term) for term in (global_S, local_S)))
-                values = global_S + local_S
-                if self.args.shared_token_weight == "once":
-                    values = values / shared_by[tree.path(tree.leaves[leaf])]
-                values_T = per_token(tree, leaf, values)
-                per_step[row, : len(values_T)] = values_T
-                row += 1
+        metrics, values_B = TreeMetrics(), []
+        for grown, advantage_L in zip(self._grown, np.split(advantage_B, len(self._grown)), strict=True):
+            found = token_advantages(
+                grown.tree,
+                grown.scores,
+                advantage_L,
+                advantage=self.args.advantage,
+                ib_coef=self.args.ib_coef,
+                shared_token_weight=self.args.shared_token_weight,
+            )
+            metrics.add_tree(grown, found)
+            values_B += found.values
+        per_token = np.zeros(completion_ids.shape)
+        for row, values_T in zip(per_token, values_B, strict=True):
+            row[: len(values_T)] = values_T
         for name, value in metrics.reduce(self.accelerator).items():
             self._metrics["train"][name].append(value)
-        self._rewrite_logged_advantages(per_step)
-        return torch.tensor(per_step, dtype=advantages.dtype, device=advantages.device)
+        self._rewrite_logged_advantages(per_token)
+        return torch.tensor(per_token, dtype=advantages.dtype, device=advantages.device)
 
-    def _rewrite_logged_advantages(self, per_step: np.ndarray) -> None:
+    def _rewrite_logged_advantages(self, per_token: np.ndarray) -> None:
         """The completions table shows one number per trajectory: the mean over its tokens."""
-        lengths = [grower.tree.steps[leaf].end for grower in self._growers for leaf in grower.tree.leaves]
-        means = gather_object([float(row[:length].mean()) for row, length in zip(per_step, lengths, strict=True)])
+        lengths = np.concatenate([grown.tree.ends()[grown.tree.leaves] for grown in self._grown])
+        means = gather_object([float(row[:length].mean()) for row, length in zip(per_token, lengths, strict=True)])
         for _ in means:
             self._logs["advantages"].pop()
         self._logs["advantages"].extend(means)
@@ -266,9 +284,11 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             )
         trees = args.per_device_train_batch_size * args.steps_per_generation // self.num_generations
         engine = f"vLLM, {self.vllm_mode} mode" if self.use_vllm else "transformers (`use_vllm` is off)"
+        success = f"'{self.reward_func_names[self._success_index]}'"
+        if args.success_range is not None:
+            success += " between {} and {} (`success_range`)".format(*args.success_range)
         return (
             f"IB-TPO: {shape}, {trees} per process and generation; advantage '{args.advantage}' "
-            f"(ib_coef={args.ib_coef}, ib_beta={args.ib_beta}); success from "
-            f"'{self.reward_func_names[self._success_index]}'; engine: {engine}; "
-            f"forward: {self._forward_in_words()}."
+            f"(ib_coef={args.ib_coef}, ib_beta={args.ib_beta}); success from {success}; engine: {engine}; forward: "
+            f"{self._forward_in_words()}."
         )

@@ -9,12 +9,14 @@ For a step `s` with children `c`:
     score(s) (1 + beta) / n_children * sum_c eta1(c) * eta2(c)      IB-Score
     cov(s)   Cov_c(eta1, eta2)                                      health figure
 
-Conventions the paper leaves open: where `p(s) = 0`, `rho := 1` (no information). A child without a scored leaf is left
-out of the means; where no child has one, `rho := 1` for all of them, so that the score is its confidence term alone,
-`-(1 + beta)/beta * mean confidence`: what an uninformative step scores.
+Conventions the paper leaves open: where `p(s) = 0`, `rho := 1` (no information). A child under which no success is
+known is left out of the means; where there is no other, `rho := 1` for all of them, so that the score is its
+confidence term alone, `-(1 + beta)/beta * mean confidence`: what an uninformative step scores. Success is in [0, 1]
+for any reward (`tree.RolloutTree.add_reward`).
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -24,32 +26,13 @@ from .tree import RolloutTree
 StepConfidence = Literal["geometric_mean", "joint"]
 
 
-@dataclass(frozen=True)
-class TreeScores:
-    """Scores of all steps of one tree; every array is `(N,)` with the root at 0 and NaN where undefined."""
-
-    parents: np.ndarray  # -1 at the root
-    density: np.ndarray  # p(s): NaN where no leaf under the step is scored
-    gain_ratio: np.ndarray  # rho(s): NaN at the root and where the density is NaN
-    eta1: np.ndarray  # rho - (1 + 1/beta)
-    confidence: np.ndarray  # eta2, in (0, 1]; NaN at the root
-    ib_score: np.ndarray  # NaN at steps without children
-    mean_confidence: np.ndarray  # mean eta2 over all children; NaN at steps without children
-    covariance: np.ndarray  # NaN at steps without children
-    scored_children: np.ndarray  # how many children have a scored leaf
-
-
 def step_confidence(tree: RolloutTree, kind: StepConfidence = "geometric_mean") -> np.ndarray:
     """`eta2`: probability of each step under the sampling policy, `(N,)`, NaN at the root.
 
     `geometric_mean` is per token, `exp(mean log pi)`; `joint` is the product, `exp(sum log pi)`. A token whose
     log-probability the engine could not give (NaN) is left out.
     """
-    known = [[logprob for logprob in step.logprobs if logprob == logprob] for step in tree.steps]
-    totals = np.array([sum(logprobs) for logprobs in known])
-    if kind == "geometric_mean":
-        totals /= [len(logprobs) or 1 for logprobs in known]
-    confidence = np.exp(totals)
+    confidence = np.exp(tree.mean_logprobs() if kind == "geometric_mean" else tree.total_logprobs())
     confidence[0] = np.nan
     return confidence
 
@@ -57,54 +40,97 @@ def step_confidence(tree: RolloutTree, kind: StepConfidence = "geometric_mean") 
 def gain_ratio(density: np.ndarray, parents: np.ndarray) -> np.ndarray:
     """`rho(c) = p(c) / p(parent)`, `(N,)`; 1 where the parent's density is 0, NaN at the root."""
     parent_density = density[parents]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        rho = np.where(parent_density == 0, np.where(np.isnan(density), np.nan, 1.0), density / parent_density)
+    rho = np.where(np.isnan(density), np.nan, 1.0)
+    np.divide(density, parent_density, out=rho, where=parent_density != 0)
     rho[0] = np.nan
     return rho
 
 
-def child_mean(values: np.ndarray, parents: np.ndarray, counted: np.ndarray) -> np.ndarray:
-    """Mean of `values` over the counted children of every step, `(N,)`; NaN where a step has none."""
-    totals = np.bincount(parents[counted], weights=values[counted], minlength=len(parents))
-    counts = np.bincount(parents[counted], minlength=len(parents))
-    return np.divide(totals, counts, out=np.full(len(parents), np.nan), where=counts > 0)
+@dataclass(frozen=True)
+class TreeScores:
+    """Scores of all steps of one tree; every array is `(N,)` with the root at 0 and NaN where undefined."""
+
+    beta: float
+    parents: np.ndarray  # -1 at the root
+    children: np.ndarray  # how many
+    density: np.ndarray  # p(s): NaN where no success under the step is known
+    confidence: np.ndarray  # eta2, in (0, 1]; NaN at the root
+
+    @cached_property
+    def gain_ratio(self) -> np.ndarray:
+        """`rho(s)`: NaN at the root and where the density is NaN."""
+        return gain_ratio(self.density, self.parents)
+
+    @cached_property
+    def eta1(self) -> np.ndarray:
+        """`rho - (1 + 1/beta)`."""
+        return self.gain_ratio - (1 + 1 / self.beta)
+
+    @cached_property
+    def rewarded_children(self) -> np.ndarray:
+        """How many children have a leaf under them whose success is known."""
+        return self._child_sum(~np.isnan(self.density))
+
+    @cached_property
+    def ib_score(self) -> np.ndarray:
+        """`(1 + beta) / n_children * sum_c eta1(c) eta2(c)`; NaN at steps without children."""
+        return (1 + self.beta) * self._mean_product
+
+    @cached_property
+    def _mean_product(self) -> np.ndarray:
+        return self._child_mean(self._eta1_counted * self.confidence)
+
+    @cached_property
+    def mean_confidence(self) -> np.ndarray:
+        """Mean `eta2` over all children; NaN at steps without children."""
+        return _divide(self._child_sum(self.confidence), self.children)
+
+    @cached_property
+    def covariance(self) -> np.ndarray:
+        """`Cov_c(eta1, eta2)`; NaN at steps without children."""
+        eta1, eta2 = self._eta1_counted, self.confidence
+        return self._mean_product - self._child_mean(eta1) * self._child_mean(eta2)
+
+    @cached_property
+    def _eta1_counted(self) -> np.ndarray:
+        """`eta1` with `rho := 1` where no child's success is known."""
+        return np.where(np.isnan(self.eta1), -1 / self.beta, self.eta1)
+
+    @cached_property
+    def _counted(self) -> np.ndarray:
+        """Whether a step counts among the children of its parent."""
+        return ~np.isnan(self.density) | (self.rewarded_children == 0)[self.parents]
+
+    def _child_sum(self, values_N: np.ndarray) -> np.ndarray:
+        return np.bincount(self.parents[1:], values_N[1:], len(self.parents))
+
+    @cached_property
+    def _count(self) -> np.ndarray:
+        """How many children count."""
+        return np.where(self.rewarded_children > 0, self.rewarded_children, self.children)
+
+    def _child_mean(self, values_N: np.ndarray) -> np.ndarray:
+        """Mean over the children that count."""
+        return _divide(self._child_sum(np.where(self._counted, values_N, 0.0)), self._count)
 
 
-def score_tree(
-    tree: RolloutTree, success_L, *, beta: float, confidence_kind: StepConfidence = "geometric_mean"
-) -> TreeScores:
-    """Score a whole tree at once.
+def _divide(total_N: np.ndarray, count_N: np.ndarray) -> np.ndarray:
+    """NaN where there is nothing to divide by."""
+    return np.divide(total_N, count_N, out=np.full(len(total_N), np.nan), where=count_N > 0)
+
+
+def score_tree(tree: RolloutTree, *, beta: float, confidence_kind: StepConfidence = "geometric_mean") -> TreeScores:
+    """Score all steps of a tree with the success that is known of its leaves.
 
     Args:
         tree: at least one rollout.
-        success_L: success of each leaf in [0, 1], NaN where unknown; `(L,)`.
         beta: the paper's beta, weight of the information about the answer.
         confidence_kind: `pi(s)`, see `step_confidence`.
     """
-    parents = tree.parents()
-    density = tree.leaf_mean(success_L)
-    rho = gain_ratio(density, parents)
-    eta1 = rho - (1 + 1 / beta)
-    eta2 = step_confidence(tree, confidence_kind)
-
-    known = ~np.isnan(eta1)
-    known[0] = False
-    # Where no child is scored, every child counts, with rho := 1.
-    scored_children = np.bincount(parents[known], minlength=len(parents))
-    counted = known | (scored_children == 0)[parents]
-    counted[0] = False
-    eta1_counted = np.where(known, eta1, -1 / beta)
-
-    mean_product = child_mean(eta1_counted * eta2, parents, counted)
-    mean_eta1, mean_eta2 = child_mean(eta1_counted, parents, counted), child_mean(eta2, parents, counted)
     return TreeScores(
-        parents=parents,
-        density=density,
-        gain_ratio=rho,
-        eta1=eta1,
-        confidence=eta2,
-        ib_score=(1 + beta) * mean_product,
-        mean_confidence=child_mean(eta2, parents, parents >= 0),
-        covariance=mean_product - mean_eta1 * mean_eta2,
-        scored_children=scored_children,
+        beta=beta,
+        parents=tree.parents(),
+        children=tree.child_counts(),
+        density=tree.density(),
+        confidence=step_confidence(tree, confidence_kind),
     )
