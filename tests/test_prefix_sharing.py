@@ -16,6 +16,7 @@ from peft import LoraConfig
 from PIL import Image
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import (
+    CONFIG_MAPPING,
     AttentionInterface,
     AutoModelForCausalLM,
     GemmaConfig,
@@ -32,6 +33,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
+from benchmarks import architectures
 from trl_ibtpo import IBTPOTrainer
 from trl_ibtpo.prefix_sharing.attention import (
     MissingBatchError,
@@ -664,6 +666,24 @@ def test_windows_of_any_name_are_found():
     assert why_not_shared(model) == "the model attends to a sliding window (of 16 tokens)"
     unused = Qwen3Config(**SHAPE, head_dim=16, sliding_window=16, use_sliding_window=False)
     assert why_not_shared(AutoModelForCausalLM.from_config(unused)) is None
+
+
+FAMILIES = {
+    **dict.fromkeys(["llama", "qwen3", "olmo2", "phi3", "mixtral", "deepseek_v3", "gpt_neox"], ""),
+    **dict.fromkeys(["stablelm", "nemotron"], "is not given the keyword arguments"),
+    "gemma2": "layers of other kinds than full attention",
+    "opt": "positions are not rotary",
+    "xlm": "not built: its small configuration still has",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family):
+    """A few of `benchmarks.architectures`: each is exact, or says why it is not shared."""
+    row = architectures.compare(CONFIG_MAPPING[family])
+    assert row["architecture"] == family and row["shared"] == (FAMILIES[family] == "")
+    assert FAMILIES[family] in row["reason"]
+    assert row["max_logp_diff"] < 1e-4 if row["shared"] else row["max_logp_diff"] is None
 
 
 # ----- mixtures of experts -------------------------------------------------------------------------------------------
