@@ -29,7 +29,7 @@ def report(title: str, rows: Sequence[dict[str, Any]], json_file: Path | None) -
     """Print rows of equal keys as a table, and write them as a list of flat JSON objects."""
     table = Table(title=f"{title} ({platform.machine()}, {date.today()})")
     for key in rows[0]:
-        table.add_column(key, justify="right")
+        table.add_column(key, justify="right", overflow="fold")
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
     Console(width=200).print(table)

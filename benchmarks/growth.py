@@ -1,4 +1,4 @@
-"""Our own time while trees grow: everything but the engine and the scorer, which are scripted here. No model, no torch.
+"""Our own time while trees grow: all but the engine and the scorer, which are scripted here. No model, no torch.
 
     python -m benchmarks.growth [--quick] [--against DIR] [--repeats 3] [--json FILE]
 
@@ -17,6 +17,7 @@ package's `StepSplitter` looks for blank lines.
 """
 
 import argparse
+import gc
 import hashlib
 import inspect
 import json
@@ -56,11 +57,12 @@ class ScriptedEngine:
     max_length, batched, clock = None, False, "tokens"
 
     def __init__(self, length: int):
-        rng = random.Random(0)
+        rng = np.random.default_rng(0)
         self.length, self.polls, self.seconds = length, 0, 0.0
-        # Token 0 is the blank line of `ByteTokenizer`, one in 40 as the steps of `FixedSteps` are long.
-        self.token_ids = [0 if rng.random() < 1 / STEP_TOKENS else rng.randint(33, 126) for _ in range(POOL_TOKENS)]
-        self.logprobs = [-rng.expovariate(1) for _ in range(POOL_TOKENS)]
+        # Token 0 is the blank line of `ByteTokenizer`, one token in 40, as the steps of `FixedSteps` are long.
+        blank = rng.random(POOL_TOKENS) < 1 / STEP_TOKENS
+        self.token_ids = np.where(blank, 0, rng.integers(33, 127, POOL_TOKENS)).tolist()
+        self.logprobs = (-rng.exponential(size=POOL_TOKENS)).tolist()
         self.in_flight, self.due = {}, {}  # request to poll of submission and place in the table; poll to its ends
 
     def submit(self, requests):
@@ -151,6 +153,8 @@ def measure(point: dict, profile: bool = False) -> dict:
     splitter = StepSplitter(ByteTokenizer()) if point["splitter"] == "text" else common.FixedSteps(STEP_TOKENS)
     engine, scorer = ScriptedEngine(point["length"]), TimedScorer()
     prompts = [[index] * PROMPT_TOKENS for index in range(point["questions"])]
+    gc.collect()
+    gc.freeze()  # the table of samples is not ours, and garbage collection would look through it
 
     begin = time.thread_time()
     growers = [
@@ -203,9 +207,7 @@ def work(point: dict, package: Path) -> None:
 
 def main() -> None:
     arguments = common.parser(__doc__.splitlines()[0])
-    arguments.add_argument(
-        "--against", type=Path, metavar="DIR", help="a checkout of another commit, measured as well"
-    )
+    arguments.add_argument("--against", type=Path, metavar="DIR", help="a checkout to measure as well")
     arguments.add_argument("--repeats", type=int, default=3)
     arguments.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)  # for the processes it starts
     arguments.add_argument("--package", type=Path, help=argparse.SUPPRESS)
