@@ -26,10 +26,10 @@ from trl_ibtpo.engines.transformers import TransformersEngine
 from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive
 from trl_ibtpo.steps import StepSplitter
 
-INDEPENDENT = {"branching": "independent", "levels": 1}
+INDEPENDENT = {"branching": "independent", "tree_levels": 1}
 MODES = [
-    ("independent", {**INDEPENDENT, "initial_rollouts": 8}),
-    ("independent", {**INDEPENDENT, "initial_rollouts": 12}),
+    ("independent", {**INDEPENDENT, "tree_initial_rollouts": 8}),
+    ("independent", {**INDEPENDENT, "tree_initial_rollouts": 12}),
     ("random", {"branching": "random"}),
     ("confidence", {"branching": "confidence"}),
     ("ib", {}),
@@ -112,7 +112,7 @@ def measure(engine: SharedSamples, tokenizer, entries, overrides: dict, seed: in
     ]
     engine.rewind()
     drive(growers, engine, Verifier(tokenizer, entries))
-    success = np.array([grower.success for grower in growers])
+    success = np.array([grower.tree.success for grower in growers])
     return {
         "effective_rate": (success.min(1) < success.max(1)).astype(float),
         "average_success": success.mean(1),

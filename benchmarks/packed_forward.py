@@ -31,15 +31,15 @@ from trl_ibtpo.prefix_sharing.trie import pack_prefixes
 STEP_TOKENS, LENGTH_SIGMA = 32, 0.6
 SHAPES = {
     "tree (4, 9, 1, 1)": {},
-    "flat 8": {"branching": "independent", "levels": 1, "initial_rollouts": 8},
-    "flat 12": {"branching": "independent", "levels": 1, "initial_rollouts": 12},
+    "flat 8": {"branching": "independent", "tree_levels": 1, "tree_initial_rollouts": 8},
+    "flat 12": {"branching": "independent", "tree_levels": 1, "tree_initial_rollouts": 12},
 }
 
 
 class RandomRollouts:
     """Random tokens of lognormal total lengths, and random log-probabilities."""
 
-    batched, max_length = False, None
+    clock, max_length = "tokens", None
 
     def __init__(self, seed: int, prompt_length: int, median_length: float, vocabulary: int):
         self.rng = np.random.default_rng(seed)

@@ -102,11 +102,11 @@ class Mode:
     request_seeds: bool = False
 
 
-INDEPENDENT = {"branching": "independent", "levels": 1}
+INDEPENDENT = {"branching": "independent", "tree_levels": 1}
 MODES = [
-    Mode("independent", settings={**INDEPENDENT, "initial_rollouts": 8}),
-    Mode("reproducible", settings={**INDEPENDENT, "initial_rollouts": 8}, request_seeds=True),
-    Mode("independent_12", settings={**INDEPENDENT, "initial_rollouts": 12}),
+    Mode("independent", settings={**INDEPENDENT, "tree_initial_rollouts": 8}),
+    Mode("reproducible", settings={**INDEPENDENT, "tree_initial_rollouts": 8}, request_seeds=True),
+    Mode("independent_12", settings={**INDEPENDENT, "tree_initial_rollouts": 12}),
     Mode("lock_step", lock_step=True),
     *(Mode("tree", lookahead) for lookahead in (0, 1, 2, 3, 4, 8)),
 ]

@@ -231,10 +231,10 @@ def main() -> None:
     draw_learning_curve(trainer.state.log_history, curve, held_out=(before, after))
     # Of a few trees, the one that shows most: nearest to as many right as wrong answers.
     rows = [{"prompt": entry["question"], "entry": json.dumps(entry)} for entry in held_out[:32]]
-    grower, row = min(
-        zip(trainer.grow_trees(rows), rows, strict=True), key=lambda pair: abs(sum(pair[0].success) / 12 - 0.5)
+    grown, row = min(
+        zip(trainer.grow_trees(rows), rows, strict=True), key=lambda pair: abs(sum(pair[0].tree.success) / 12 - 0.5)
     )
-    draw_tree(grower.tree, grower.success, grower.scores(), picture, title=row["prompt"], decode=tokenizer.decode)
+    draw_tree(grown, picture, title=row["prompt"], decode=tokenizer.decode)
 
     print(f"\nHeld-out accuracy before IB-TPO: {before:.1%}")
     print(f"Held-out accuracy after IB-TPO:  {after:.1%}  ({100 * (after - before):+.1f} points)")

@@ -54,10 +54,10 @@ class RecordingTrainer(IBTPOTrainer):
             [
                 {
                     "tokens": [grower.tree.trajectory(leaf)[0] for leaf in range(LEAVES)],
-                    "success": grower.success,
+                    "success": grower.tree.success,
                     "generated": grower.tree.generated_tokens,
                 }
-                for grower in self._growers
+                for grower in self._grown
             ]
         )
         return super()._step_advantages(advantages, completion_ids)

@@ -33,7 +33,7 @@ def by_step(tree, terms_L: list[np.ndarray]) -> np.ndarray:
 def test_hand_worked_advantages(name):
     worked = TREES[name]
     tree = worked.tree
-    scores = score_tree(tree, worked.success, beta=worked.beta, confidence_kind=worked.confidence_kind)
+    scores = score_tree(tree, beta=worked.beta, confidence_kind=worked.confidence_kind)
     terms = ibtpo(tree, scores, trl_advantages(worked.success), 0.1)
     global_N, local_N = by_step(tree, terms.global_terms), by_step(tree, terms.local_terms)
     for step in range(1, len(tree.steps)):
@@ -44,16 +44,16 @@ def test_hand_worked_advantages(name):
 
 def test_unscorable_trajectory_keeps_the_advantage_of_what_it_shares():
     # 0 -- 1 (.8) +- 2 (.5) right, +- 3 (.4) unscorable, branched;  0 -- 4 (.6) wrong
-    tree = build([(0, [0.8, 0.5]), (1, [0.4]), (0, [0.6])])
-    terms = ibtpo(tree, score_tree(tree, [1, NAN, 0], beta=5), np.array([1.0, NAN, -1.0]), 0.0)
+    tree = build([(0, [0.8, 0.5]), (1, [0.4]), (0, [0.6])], [1, NAN, 0])
+    terms = ibtpo(tree, score_tree(tree, beta=5), np.array([1.0, NAN, -1.0]), 0.0)
     # Step 1 has one scored leaf, of advantage 1; the unscorable trajectory passes through it and then through step 3.
     assert [list(values) for values in terms.global_terms] == [[1, 1], [1, 0], [-1]]
 
 
 def test_global_and_local_terms_know_their_own_rewards():
     """A leaf may have an advantage (other reward functions spoke) and no known success, and the reverse."""
-    tree = build([(0, [0.5]), (0, [0.5]), (0, [0.5])])
-    scores = score_tree(tree, [1, 0, NAN], beta=5)
+    tree = build([(0, [0.5]), (0, [0.5]), (0, [0.5])], [1, 0, NAN])
+    scores = score_tree(tree, beta=5)
     terms = ibtpo(tree, scores, np.array([NAN, -0.5, 0.25]), 1.0)
     # p(root) = 1/2: rho = 2 and 0, eta1 = .8 and -1.2, times .5
     assert [value[0] for value in terms.global_terms] == [0, -0.5, 0.25]
@@ -62,7 +62,7 @@ def test_global_and_local_terms_know_their_own_rewards():
 
 def test_ib_coef_scales_the_local_term_only():
     worked = TREES["branched twice"]
-    tree, scores = worked.tree, score_tree(worked.tree, worked.success, beta=5)
+    tree, scores = worked.tree, score_tree(worked.tree, beta=5)
     advantage_L = trl_advantages(worked.success)
     one, three = ibtpo(tree, scores, advantage_L, 1.0), ibtpo(tree, scores, advantage_L, 3.0)
     for leaf in range(4):
@@ -72,7 +72,7 @@ def test_ib_coef_scales_the_local_term_only():
 
 def test_grpo_gives_every_step_the_advantage_of_its_trajectory():
     worked = TREES["an unscorable leaf"]
-    tree, scores = worked.tree, score_tree(worked.tree, worked.success, beta=5)
+    tree, scores = worked.tree, score_tree(worked.tree, beta=5)
     terms = grpo(tree, scores, np.array([2.0, NAN, -1.0, 0.5]), 0.1)
     # Steps a trajectory: 2, 2, 2 (one of them inherited) and 1.
     assert [list(values) for values in terms.global_terms] == [[2, 2], [0, 0], [-1, -1], [0.5]]
@@ -81,8 +81,8 @@ def test_grpo_gives_every_step_the_advantage_of_its_trajectory():
 
 def test_one_step_trees_without_local_term_are_grpo():
     """With one level and `ib_coef = 0` every trajectory keeps its own advantage, whatever its number of steps."""
-    tree = build([(0, [0.5, 0.9, 0.3]), (0, [0.25]), (0, [0.75, 0.5])])
-    scores = score_tree(tree, [1, 0, 0], beta=5)
+    tree = build([(0, [0.5, 0.9, 0.3]), (0, [0.25]), (0, [0.75, 0.5])], [1, 0, 0])
+    scores = score_tree(tree, beta=5)
     advantage_L = np.array([1.25, -0.75, -0.5])
     found, expected = ibtpo(tree, scores, advantage_L, 0.0), grpo(tree, scores, advantage_L, 0.0)
     for leaf in range(3):
@@ -104,7 +104,7 @@ def test_global_term_is_the_gain_in_density(drawn):
     tree, rewards = drawn
     if len(rewards) < 2:
         return  # GRPO compares at least two completions
-    scores = score_tree(tree, rewards, beta=5)
+    scores = score_tree(tree, beta=5)
     global_N = by_step(tree, ibtpo(tree, scores, trl_advantages(rewards), 0.1).global_terms)
     expected = (scores.density - scores.density[0]) / (np.std(rewards, ddof=1) + 1e-4)
     np.testing.assert_allclose(global_N[1:], expected[1:], atol=1e-9)
@@ -115,7 +115,7 @@ def test_global_term_is_the_gain_in_density(drawn):
 def test_advantages_are_finite_and_cover_every_token(drawn, ib_coef):
     tree, success = drawn
     advantage_L = np.array(success) * 2 - 1
-    terms = ibtpo(tree, score_tree(tree, success, beta=5), advantage_L, ib_coef)
+    terms = ibtpo(tree, score_tree(tree, beta=5), advantage_L, ib_coef)
     for leaf, values in enumerate(zip(terms.global_terms, terms.local_terms, strict=True)):
         values_T = per_token(tree, leaf, sum(values))
         assert np.isfinite(values_T).all() and len(values_T) == len(tree.trajectory(leaf)[0])

@@ -7,7 +7,9 @@ import warnings
 
 import numpy as np
 import pytest
+from test_scores import graft, rewarded
 
+from trl_ibtpo.growth import GrownTree, GrowthSettings
 from trl_ibtpo.scores import score_tree
 from trl_ibtpo.tree import RolloutTree
 from trl_ibtpo.viewing.drawing import draw_learning_curve, draw_tree
@@ -18,15 +20,15 @@ PNG = b"\x89PNG"
 def small_tree() -> RolloutTree:
     """Two rollouts from the question, then one round that branches the first step of the first rollout."""
     tree = RolloutTree([1, 2])
-    tree.graft(0, [3, 4, 5, 6], [-0.1] * 4, [2, 4])  # steps 1, 2
-    tree.graft(0, [7, 8, 9], [-0.1] * 3, [3])  # step 3
-    tree.graft(1, [5, 5, 5], [-0.1] * 3, [3])  # step 4
+    graft(tree, 0, [3, 4, 5, 6], [-0.1] * 4, [2, 4])  # steps 1, 2
+    graft(tree, 0, [7, 8, 9], [-0.1] * 3, [3])  # step 3
+    graft(tree, 1, [5, 5, 5], [-0.1] * 3, [3], round=1)  # step 4
     return tree
 
 
-def draw(success, path=None, **kwargs):
-    tree = small_tree()
-    return draw_tree(tree, success, score_tree(tree, success, beta=5.0), path, **kwargs)
+def draw(success, path=None, tree=None, **kwargs):
+    tree = rewarded(small_tree() if tree is None else tree, success)
+    return draw_tree(GrownTree(tree, score_tree(tree, beta=5.0), GrowthSettings()), path, **kwargs)
 
 
 def group(figure, gid):
@@ -64,13 +66,11 @@ def test_steps_are_placed_by_tokens_and_coloured_by_density():
 
 
 def test_branch_points_carry_their_rounds():
-    tree = small_tree()
-    tree.graft(1, [6], [-0.1], [1])
-    tree.graft(4, [6], [-0.1], [1])
-    success = [1.0, 0.0, 1.0, 0.0, 1.0]
-    scores = score_tree(tree, success, beta=5.0)
-    assert texts(draw_tree(tree, success, scores)) == ["1, 2", "3"]
-    assert texts(draw_tree(tree, success, scores, branches_per_round=2)) == ["1", "2"]
+    for rounds, expected in (((2, 3), ["1, 2", "3"]), ((1, 2), ["1", "2"])):  # the latter with two branches a round
+        tree = small_tree()
+        graft(tree, 1, [6], [-0.1], [1], round=rounds[0])
+        graft(tree, 4, [6], [-0.1], [1], round=rounds[1])
+        assert texts(draw([1.0, 0.0, 1.0, 0.0, 1.0], tree=tree)) == expected
 
 
 @pytest.mark.parametrize(
@@ -86,8 +86,8 @@ def test_hostile_text_is_only_text(tmp_path, text):
 
 def test_long_chains_do_not_recurse(tmp_path):
     tree = RolloutTree([1])
-    tree.graft(0, [1] * 3000, [-0.1] * 3000, list(range(1, 3001)))
-    rows = group(draw_tree(tree, [1.0], score_tree(tree, [1.0], beta=5.0)), "steps").get_offsets()[:, 1]
+    graft(tree, 0, [1] * 3000, [-0.1] * 3000, list(range(1, 3001)))
+    rows = group(draw([1.0], tree=tree), "steps").get_offsets()[:, 1]
     assert set(rows.tolist()) == {0}
 
 

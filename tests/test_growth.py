@@ -73,6 +73,8 @@ class Engine:
 
     def generated(self, request_id):
         """Some tokens fewer than it will have."""
+        if request_id not in self.in_flight:
+            return 0
         said = self.rng.randint(0, len(self._sampled(request_id)[0]) - 1)
         self.said[request_id] = max(said, self.said.get(request_id, 0))
         return said
@@ -122,7 +124,7 @@ class Scorer:
 
 
 def grow(growth: GrowthSettings, prompts=PROMPTS, seed=0, order=0) -> tuple[list[TreeGrower], Engine]:
-    growers = [TreeGrower(prompt, growth, Splitter(), (seed, index)) for index, prompt in enumerate(prompts)]
+    growers = [TreeGrower(prompt, growth, Splitter(), (seed, i)) for i, prompt in enumerate(prompts)]
     engine = Engine(order)
     scorer = Scorer(engine, order + 1)
     calls = []
@@ -135,15 +137,15 @@ def grow(growth: GrowthSettings, prompts=PROMPTS, seed=0, order=0) -> tuple[list
 def snapshot(grower: TreeGrower):
     """Everything about a tree, with NaN made comparable."""
     steps = [(step.parent, step.token_ids, step.logprobs, step.end, step.children) for step in grower.tree.steps]
-    return steps, grower.tree.leaves, grower.tree.branch_steps, repr(grower.success)
+    return steps, grower.tree.leaves, grower.tree.branch_steps, repr(grower.tree.success)
 
 
 SETTINGS = st.builds(
     GrowthSettings,
-    initial_rollouts=st.integers(1, 4),
-    levels=st.integers(1, 6),
-    nodes_per_level=st.integers(1, 3),
-    branches_per_node=st.integers(1, 2),
+    tree_initial_rollouts=st.integers(1, 4),
+    tree_levels=st.integers(1, 6),
+    tree_nodes_per_level=st.integers(1, 3),
+    tree_branches_per_node=st.integers(1, 2),
     branching=st.sampled_from(["ib", "confidence", "random", "independent"]),
     allow_root_branching=st.booleans(),
     allow_repeated_branching=st.booleans(),
@@ -163,8 +165,8 @@ def test_rules_of_every_tree(growth, seed, order):
         tree = grower.tree
         requests = [request for request in engine.requests if request.prefix_ids[: len(prompt)] == prompt]
         rollouts = {rollout.request_id: rollout for rollout in engine.rollouts}
-        assert growth.leaves == len(requests) == len(tree.leaves) == len(set(tree.leaves)) == len(grower.success)
-        assert growth.leaves == growth.initial_rollouts + (growth.levels - 1) * growth.branches_per_round
+        assert growth.leaves == len(requests) == len(tree.leaves) == len(set(tree.leaves)) == len(grower.tree.success)
+        assert growth.leaves == growth.tree_initial_rollouts + (growth.tree_levels - 1) * growth.branches_per_round
         for number, request in enumerate(requests):  # leaves are in the order they were asked for
             rollout, after = rollouts[request.request_id], tree.branch_steps[number]
             assert request.prefix_ids == prompt + tree.prefix(after)
@@ -175,7 +177,7 @@ def test_rules_of_every_tree(growth, seed, order):
                 rollout.logprobs
             )
             assert len(token_ids) == tree.steps[tree.leaves[number]].end <= growth.max_completion_length
-            assert repr(grower.success[number]) == repr(success_of(token_ids))
+            assert repr(grower.tree.success[number]) == repr(success_of(token_ids))
             path, shared = tree.path(tree.leaves[number]), tree.path(after)
             assert path[: len(shared)] == shared and len(path) > len(shared)
         for index, step in enumerate(tree.steps[1:], 1):
@@ -226,7 +228,7 @@ def test_which_steps_may_be_branched(growth, seed):
             for step in tree.path(leaf):
                 rollout_of.setdefault(step, number)
         branched = set()
-        for submitted in range(growth.initial_rollouts, growth.leaves, growth.branches_per_round):
+        for submitted in range(growth.tree_initial_rollouts, growth.leaves, growth.branches_per_round):
             inner = {
                 index
                 for index, step in enumerate(tree.steps)
@@ -242,11 +244,11 @@ def test_which_steps_may_be_branched(growth, seed):
                 if step in branched and not growth.allow_repeated_branching:
                     assert step == 0 and not open_steps
             # B rollouts each; K different steps where there are as many.
-            width = growth.branches_per_node
+            width = growth.tree_branches_per_node
             assert chosen[::width] == chosen[width - 1 :: width]
             root_open = growth.allow_root_branching and (growth.allow_repeated_branching or 0 not in branched)
             eligible = (open_steps | {0} if root_open else open_steps) or {0}
-            assert len(set(chosen)) == min(growth.nodes_per_level, len(eligible))
+            assert len(set(chosen)) == min(growth.tree_nodes_per_level, len(eligible))
             assert set(chosen) <= eligible
             branched.update(chosen)
 
@@ -324,7 +326,7 @@ def reference(prompt: list[int], growth: GrowthSettings, seeds: list[int]):
         return (1 + growth.ib_beta) * sum(terms) / len(terms)
 
     branched = set()
-    for _ in range(growth.initial_rollouts):
+    for _ in range(growth.tree_initial_rollouts):
         launch(0)
     while running:
         running.sort()
@@ -342,9 +344,9 @@ def reference(prompt: list[int], growth: GrowthSettings, seeds: list[int]):
             under_way = {starts[number] for _, number, *_ in running}
             # A stable sort: the earlier node first, those that wait for a second answer after all others.
             ranked = sorted(nodes or [0], key=lambda node: (node in under_way and answers(node) < 2, -priority(node)))
-            chosen = [ranked[index % len(ranked)] for index in range(growth.nodes_per_level)]
+            chosen = [ranked[index % len(ranked)] for index in range(growth.tree_nodes_per_level)]
             for node in chosen:
-                for _ in range(growth.branches_per_node):
+                for _ in range(growth.tree_branches_per_node):
                     launch(node)
                     more -= 1
             branched.update(chosen)
@@ -362,28 +364,29 @@ def test_trees_are_those_of_an_ideal_engine(growth, seed):
         assert [step.parent for step in grower.tree.steps] == parents
         assert [step.token_ids for step in grower.tree.steps] == tokens
         assert [step.logprobs for step in grower.tree.steps] == logprobs
-        assert repr(grower.success) == repr(success)
+        assert repr(grower.tree.success) == repr(success)
 
 
 # ----- one tree, move by move ----------------------------------------------------------------------------------------
 
 
 def finish(grower: TreeGrower, number: int, token_ids: list[int], logprob: float = -1.0, success: float = 1.0) -> None:
-    grower.add_rollout(number, Rollout(str(number), token_ids, [logprob] * len(token_ids)))
-    grower.add_success(number, success)
+    grower.add_rollout(number, Rollout((0, number), token_ids, [logprob] * len(token_ids)))
+    grower.add_reward(number, success)
 
 
 def test_a_round_waits_for_all_earlier_rollouts():
-    grower = TreeGrower([9], GrowthSettings(initial_rollouts=2, levels=3, max_completion_length=8), Splitter())
+    growth = GrowthSettings(tree_initial_rollouts=2, tree_levels=3, max_completion_length=8)
+    grower = TreeGrower([9], growth, Splitter())
     assert [request.prefix_ids for request in grower.next_requests()] == [[9], [9]]
     finish(grower, 1, [4, 1])
     assert grower.next_requests() == []
-    grower.add_rollout(0, Rollout("0", [8, 1], [-3.0, -3.0]))
+    grower.add_rollout(0, Rollout((0, 0), [8, 1], [-3.0, -3.0]))
     assert grower.next_requests() == []  # sampled, but not scored
-    grower.add_success(0, 0.0)
+    grower.add_reward(0, 0.0)
     # Both first steps have a single child: p(c)/p(s) = 1 (or 0/0 := 1), so the less confident child wins.
     (request,) = grower.next_requests()
-    assert (request.request_id, request.prefix_ids, request.max_tokens) == ("2", [9, 8], 7)
+    assert (request.request_id, request.prefix_ids, request.max_tokens) == ((0, 2), [9, 8], 7)
     assert grower.next_requests() == []
     finish(grower, 2, [1])
     # Step "8" has two wrong children now, of confidence exp(-3) and exp(-1): mean .209 < .368 of step "4".
@@ -398,18 +401,18 @@ class Running:
     """Rollouts of which some tokens are known."""
 
     def __init__(self, **tokens: list[int]):
-        self.tokens = {int(name.removeprefix("rollout_")): ids for name, ids in tokens.items()}
+        self.tokens = {(0, int(name.removeprefix("rollout_"))): ids for name, ids in tokens.items()}
 
-    def generated(self, number):
-        return len(self.tokens.get(number, []))
+    def generated(self, request_id):
+        return len(self.tokens.get(request_id, []))
 
-    def partial(self, number, start, stop):
-        return self.tokens[number][start:stop], [-2.0] * (stop - start)
+    def partial(self, request_id, start, stop):
+        return self.tokens[request_id][start:stop], [-2.0] * (stop - start)
 
 
 @pytest.mark.parametrize(("success", "expected"), [(1.0, [9, 8]), (0.0, [9, 4])])
 def test_lookahead_starts_rounds_early_with_what_is_then_known(success, expected):
-    growth = GrowthSettings(initial_rollouts=2, levels=4, max_completion_length=8, branch_lookahead=1)
+    growth = GrowthSettings(tree_initial_rollouts=2, tree_levels=4, max_completion_length=8, branch_lookahead=1)
     grower = TreeGrower([9], growth, Splitter())
     assert len(grower.next_requests()) == 2  # nothing is known yet
     finish(grower, 1, [8, 1], logprob=-3.0)  # ends at tick 2
@@ -435,7 +438,7 @@ def test_lookahead_starts_rounds_early_with_what_is_then_known(success, expected
 
 
 def test_lookahead_branches_a_rollout_that_is_still_running():
-    growth = GrowthSettings(initial_rollouts=2, levels=3, max_completion_length=16, branch_lookahead=2)
+    growth = GrowthSettings(tree_initial_rollouts=2, tree_levels=3, max_completion_length=16, branch_lookahead=2)
     grower = TreeGrower([9], growth, Splitter())
     grower.next_requests()
     finish(grower, 1, [8, 1, 1, 4, 1], logprob=-1.0, success=0.0)  # ends at tick 5
@@ -460,7 +463,7 @@ def test_lookahead_branches_a_rollout_that_is_still_running():
 
 
 def test_a_step_with_a_branch_under_way_is_chosen_where_no_other_may_be():
-    growth = GrowthSettings(initial_rollouts=1, levels=4, max_completion_length=8, branch_lookahead=5)
+    growth = GrowthSettings(tree_initial_rollouts=1, tree_levels=4, max_completion_length=8, branch_lookahead=5)
     grower = TreeGrower([9], growth, Splitter())
     grower.next_requests()
     finish(grower, 0, [4, 1])
@@ -479,7 +482,7 @@ def test_a_step_with_a_branch_under_way_is_chosen_where_no_other_may_be():
 )
 def test_the_root_is_the_last_resort(token_ids, budget, allow_repeated, expected):
     growth = GrowthSettings(
-        initial_rollouts=1, levels=4, max_completion_length=budget, allow_repeated_branching=allow_repeated
+        tree_initial_rollouts=1, tree_levels=4, max_completion_length=budget, allow_repeated_branching=allow_repeated
     )
     grower = TreeGrower([9], growth, Splitter())
     grower.next_requests()
@@ -509,7 +512,7 @@ def test_no_tree_waits_for_another():
             return second or sorted(self.in_flight)
 
     growth = GrowthSettings(max_completion_length=40)
-    growers = [TreeGrower(prompt, growth, Splitter(), (0, index)) for index, prompt in enumerate(PROMPTS[:2])]
+    growers = [TreeGrower(prompt, growth, Splitter(), (0, i)) for i, prompt in enumerate(PROMPTS[:2])]
     engine = SecondTreeFirst()
     steps_of_first_tree = []
     scorer = Scorer(engine)
@@ -539,7 +542,7 @@ def test_shared_tokens_have_one_advantage(growth, seed):
     """Inside a step the advantage is constant, and every trajectory through a step gives it the same."""
     for grower in grow(growth, prompts=PROMPTS[:1], seed=seed)[0]:
         tree = grower.tree
-        terms = ibtpo(tree, grower.scores(), 2 * np.array(grower.success) - 1, 0.1)
+        terms = ibtpo(tree, grower.scores(), 2 * np.array(grower.tree.success) - 1, 0.1)
         seen = {}  # (step, token of the step) to advantage
         for leaf in range(growth.leaves):
             values_T = per_token(tree, leaf, terms.global_terms[leaf] + terms.local_terms[leaf])
@@ -561,7 +564,7 @@ class Trouble(Exception):
 @pytest.mark.parametrize("where", ["engine.submit", "engine.poll", "scorer.submit", "scorer.collect", "on_rollout"])
 def test_an_exception_leaves_the_engine_empty(where, error):
     growth = GrowthSettings(max_completion_length=40)
-    growers = [TreeGrower(prompt, growth, Splitter(), (index,)) for index, prompt in enumerate(PROMPTS)]
+    growers = [TreeGrower(prompt, growth, Splitter(), (i,)) for i, prompt in enumerate(PROMPTS)]
     engine = Engine(order=3)
     scorer = Scorer(engine)
     calls = []

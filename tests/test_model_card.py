@@ -8,12 +8,13 @@ import pytest
 import tiny
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from test_scores import graft, rewarded
 from trl import GRPOConfig
 
 from trl_ibtpo import IBTPOConfig, IBTPOTrainer
-from trl_ibtpo.growth import GrowthSettings, TreeGrower
+from trl_ibtpo.growth import GrownTree, GrowthSettings
 from trl_ibtpo.scores import score_tree
-from trl_ibtpo.training.model_card import GrownTree, as_text, complete_card, tree_to_show
+from trl_ibtpo.training.model_card import as_text, complete_card, tree_to_show
 from trl_ibtpo.tree import RolloutTree
 
 BARE_CARD = """\
@@ -30,11 +31,15 @@ This model is a fine-tuned version of [None](https://huggingface.co/None).
 """
 
 
-def shown_tree() -> GrownTree:
+def grown(tree: RolloutTree, success: list[float]) -> GrownTree:
+    return GrownTree(rewarded(tree, success), score_tree(tree, beta=5.0), GrowthSettings())
+
+
+def shown_tree() -> tuple[GrownTree, int]:
     tree = RolloutTree([1, 2])
-    tree.graft(0, [3, 4, 5], [-0.1] * 3, [2, 3])
-    tree.graft(1, [5, 5], [-0.1] * 2, [2])
-    return GrownTree(tree, [1.0, 0.0], score_tree(tree, [1.0, 0.0], beta=5.0), step=7)
+    graft(tree, 0, [3, 4, 5], [-0.1] * 3, [2, 3])
+    graft(tree, 1, [5, 5], [-0.1] * 2, [2], round=1)
+    return grown(tree, [1.0, 0.0]), 7
 
 
 def make_card(folder, shown=None, logs=(), success_reward="is_right", **settings) -> str:
@@ -105,18 +110,17 @@ def test_plain_names_stay_readable():
     ]  # fmt: skip
 
 
-def grower(success: list[float]) -> TreeGrower:
-    grown = TreeGrower([1], GrowthSettings(), splitter=None)
-    for value in success:
-        grown.tree.graft(0, [2], [-0.1], [1])
-        grown.success.append(value)
-    return grown
+def flat_tree(success: list[float]) -> GrownTree:
+    tree = RolloutTree([1])
+    for _ in success:
+        graft(tree, 0, [2], [-0.1], [1])
+    return grown(tree, success)
 
 
 def test_the_tree_with_most_to_see_is_shown():
-    growers = [grower([math.nan] * 2), grower([1.0, 1.0]), grower([1.0, 0.0]), grower([0.0, 1.0])]
-    shown = tree_to_show(growers, step=3)
-    assert shown.tree is growers[2].tree and shown.step == 3
+    trees = [flat_tree(success) for success in ([math.nan] * 2, [1.0, 1.0], [1.0, 0.0], [0.0, 1.0])]
+    shown = tree_to_show(trees)
+    assert shown is trees[2]
     assert np.nanmean(shown.scores.density) == 0.5
 
 
@@ -124,5 +128,6 @@ def test_trainer_keeps_one_tree(config, model_path):
     trainer = IBTPOTrainer(model_path, tiny.even_length, config(max_steps=2), tiny.questions())
     assert trainer._shown_tree is None
     trainer.train()
-    assert isinstance(trainer._shown_tree, GrownTree) and trainer._shown_tree.step == 2
-    assert len(trainer._shown_tree.tree.leaves) == len(trainer._shown_tree.success) == 12
+    shown, step = trainer._shown_tree
+    assert isinstance(shown, GrownTree) and step == 2
+    assert len(shown.tree.leaves) == len(shown.tree.success) == 12

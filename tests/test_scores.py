@@ -18,15 +18,29 @@ from trl_ibtpo.tree import RolloutTree
 NAN = float("nan")
 
 
-def build(rollouts: list[tuple[int, list[float | tuple[float, ...]]]]) -> RolloutTree:
+def graft(tree: RolloutTree, after: int, token_ids: list, logprobs: list, step_ends: list, round: int = 0) -> int:
+    """Open a rollout and extend it by all its steps at once."""
+    leaf = tree.open(after, round)
+    tree.extend(leaf, token_ids, logprobs, step_ends)
+    return leaf
+
+
+def rewarded(tree: RolloutTree, rewards: list[float]) -> RolloutTree:
+    """The tree, with a reward for each leaf."""
+    for leaf, reward in enumerate(rewards):
+        tree.add_reward(leaf, reward)
+    return tree
+
+
+def build(rollouts: list[tuple[int, list[float | tuple[float, ...]]]], rewards: list[float] = ()) -> RolloutTree:
     """A tree from `(step to continue, its new steps)`; a step is its token probabilities, or one for one token."""
     tree = RolloutTree([101, 102])
     for after, steps in rollouts:
         probabilities = [step if isinstance(step, tuple) else (step,) for step in steps]
         logprobs = [math.log(value) for step in probabilities for value in step]
         ends = np.cumsum([len(step) for step in probabilities]).tolist()
-        tree.graft(after, list(range(len(logprobs))), logprobs, ends)
-    return tree
+        graft(tree, after, list(range(len(logprobs))), logprobs, ends)
+    return rewarded(tree, rewards)
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,7 @@ class Worked:
 
     @property
     def tree(self) -> RolloutTree:
-        return build(self.rollouts)
+        return build(self.rollouts, self.success)
 
 
 TREES = {
@@ -200,7 +214,7 @@ def as_array(values: dict[int, float], steps: int) -> np.ndarray:
 def test_hand_worked_scores(name):
     worked = TREES[name]
     tree = worked.tree
-    scores = score_tree(tree, worked.success, beta=worked.beta, confidence_kind=worked.confidence_kind)
+    scores = score_tree(tree, beta=worked.beta, confidence_kind=worked.confidence_kind)
     for found, expected in (
         (scores.density, worked.density),
         (scores.gain_ratio, worked.rho),
@@ -214,7 +228,7 @@ def test_hand_worked_scores(name):
 
 def test_mean_confidence_counts_unscorable_children_too():
     worked = TREES["an unscorable leaf"]
-    scores = score_tree(worked.tree, worked.success, beta=5)
+    scores = score_tree(worked.tree, beta=5)
     # root: (.8 + .6 + .7) / 3;  1: (.5 + .4) / 2;  3: .9
     expected = as_array({0: 0.7, 1: 0.45, 3: 0.9}, 7)
     np.testing.assert_allclose(scores.mean_confidence, expected, atol=1e-12)
@@ -252,8 +266,9 @@ def trees(draw, success=RIGHT_WRONG_UNKNOWN):
         after = draw(st.sampled_from([index for index, step in enumerate(tree.steps) if step.children] or [0]))
         lengths = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
         logprobs = draw(st.lists(st.floats(-3, 0), min_size=sum(lengths), max_size=sum(lengths)))
-        tree.graft(after, [7] * sum(lengths), logprobs, np.cumsum(lengths).tolist())
-    return tree, draw(st.lists(success, min_size=len(tree.leaves), max_size=len(tree.leaves)))
+        graft(tree, after, [7] * sum(lengths), logprobs, np.cumsum(lengths).tolist())
+    rewards = draw(st.lists(success, min_size=len(tree.leaves), max_size=len(tree.leaves)))
+    return rewarded(tree, rewards), rewards
 
 
 def leaves_under(tree: RolloutTree, step: int) -> list[int]:
@@ -265,7 +280,7 @@ def leaves_under(tree: RolloutTree, step: int) -> list[int]:
 def test_scores_follow_their_definitions(drawn, beta):
     """A recursive reading of the definitions, and score = (1 + beta) (Cov + E[eta1] E[eta2])."""
     tree, success = drawn
-    scores = score_tree(tree, success, beta=beta)
+    scores = score_tree(tree, beta=beta)
     np.testing.assert_array_equal(tree.leaf_count(), [len(leaves_under(tree, i)) for i in range(len(tree.steps))])
 
     def density(step):
@@ -293,8 +308,8 @@ def test_scores_follow_their_definitions(drawn, beta):
 @settings(max_examples=100, deadline=None, database=None)
 @given(trees(success=st.just(NAN)))
 def test_confidence_ranks_as_ib_when_no_reward_is_known(drawn):
-    tree, success = drawn
-    scores = score_tree(tree, success, beta=5)
+    tree, _ = drawn
+    scores = score_tree(tree, beta=5)
     rng = np.random.default_rng(0)
     # (1 + beta)/beta = 1.2
     np.testing.assert_allclose(ib(scores, rng), 1.2 * confidence(scores, rng), atol=1e-12)
@@ -322,10 +337,62 @@ def test_select_steps(priority, eligible, count, expected):
 
 def test_strategies_prefer_what_they_say():
     worked = TREES["branched twice"]
-    scores = score_tree(worked.tree, worked.success, beta=5)
+    scores = score_tree(worked.tree, beta=5)
     rng = np.random.default_rng(0)
     inner = np.array([False, True, False, False, False, True, False])  # the steps with children, without the root
     assert select_steps(ib(scores, rng), inner, 1) == [5]  # -1.08 > -1.35
     assert select_steps(confidence(scores, rng), inner, 1) == [1]  # mean confidence .5 < .9
     drawn = {select_steps(random(scores, rng), inner, 1)[0] for _ in range(50)}
     assert drawn == {1, 5}
+
+
+# ----- success from any reward ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rewards", "success"),
+    [
+        ([1.0, 0.0, 0.25], [1.0, 0.0, 0.25]),  # in [0, 1]: as they are
+        ([0.25, 0.75, NAN], [0.25, 0.75, NAN]),
+        ([-1.0, 1.5, 0.25], [0.0, 1.0, 0.5]),  # (r + 1) / 2.5
+        ([0.5, 1.0, 3.0], [0.0, 0.2, 1.0]),  # (r - .5) / 2.5, also for the two that came before it
+        ([2.0, NAN, 4.0], [0.0, NAN, 1.0]),
+        ([7.0, 7.0, NAN], [0.5, 0.5, NAN]),  # all equal: no information
+        ([-3.0], [0.5]),
+    ],
+)
+def test_success_of_any_reward(rewards, success):
+    tree = build([(0, [0.5])] * len(rewards), rewards)
+    np.testing.assert_allclose(tree.success, success, rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(tree.rewards, rewards)
+    known = [value for value in success if not math.isnan(value)]
+    assert tree.density()[0] == pytest.approx(sum(known) / len(known))
+
+
+def test_rewards_outside_the_range_by_hand():
+    """The shape of "mixed, branched once" with rewards (1.5, -1, -1), which are success (1, 0, 0): the same scores."""
+    worked = TREES["mixed, branched once"]
+    scores = score_tree(build(worked.rollouts, [1.5, -1.0, -1.0]), beta=5)
+    np.testing.assert_allclose(scores.ib_score, as_array(worked.score, 6), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(scores.eta1, as_array(worked.eta1, 6), rtol=0, atol=1e-9)
+
+
+def test_equal_rewards_outside_the_range_say_nothing():
+    """rho = 1 everywhere, as where all are right."""
+    worked = TREES["all right"]
+    scores = score_tree(build(worked.rollouts, [-2.0, -2.0, -2.0]), beta=5)
+    np.testing.assert_allclose(scores.gain_ratio, as_array(worked.rho, 6))
+    np.testing.assert_allclose(scores.ib_score, as_array(worked.score, 6), rtol=0, atol=1e-9)
+
+
+@settings(max_examples=100, deadline=None, database=None)
+@given(trees(success=st.sampled_from([-0.1, 0.3, 0.7, 1.1, 2.5, NAN])))
+def test_success_kept_per_step_is_that_of_its_leaves(drawn):
+    """Whatever rescaling happened on the way, densities are those of the success that the tree ends with."""
+    tree, rewards = drawn
+    np.testing.assert_allclose(tree.density(), tree.leaf_mean(tree.success), rtol=0, atol=1e-12)
+    known = np.array([reward for reward in rewards if not math.isnan(reward)])
+    inside = ((known >= 0) & (known <= 1)).all()
+    low, high = (0.0, 1.0) if inside or not len(known) else (known.min(), known.max())
+    expected = (known - low) / (high - low) if high > low else np.full(len(known), 0.5)
+    np.testing.assert_allclose([value for value in tree.success if not math.isnan(value)], expected, atol=1e-12)

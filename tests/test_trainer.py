@@ -47,7 +47,7 @@ class ReplayGRPOTrainer(GRPOTrainer):
 class ReplayEngine:
     """An engine that returns the given completions for the flat tree's requests."""
 
-    name, max_length, batched = "replay", None, True
+    name, max_length, clock = "replay", None, "polls"
 
     def __init__(self, replay: Replay):
         self.replay, self.queue = replay, []
@@ -203,7 +203,7 @@ def test_kl_off_and_on(config, model_path, beta):
 )
 def test_training_options(config, model_path, overrides):
     trainer = train(config(**overrides), model_path)
-    assert trainer._growers == [] and trainer._scorer is None  # nothing is kept between batches
+    assert trainer._grown == [] and trainer._scorer is None  # nothing is kept between batches
 
 
 def test_lora(config, model_path):
@@ -265,10 +265,10 @@ def test_async_reward_and_logging(config, model_path):
 def test_grow_trees(config, model_path):
     """One tree per row, inspectable, without training."""
     trainer = IBTPOTrainer(model_path, tiny.even_length, config(), tiny.questions())
-    growers = trainer.grow_trees([tiny.questions()[index] for index in range(2)])
-    assert [len(grower.tree.leaves) for grower in growers] == [12, 12]
-    assert all(success in (0.0, 1.0) for success in growers[0].success)
-    assert np.nanmax(growers[0].scores().density) <= 1
+    grown = trainer.grow_trees([tiny.questions()[index] for index in range(2)])
+    assert [len(each.tree.leaves) for each in grown] == [12, 12]
+    assert all(success in (0.0, 1.0) for success in grown[0].tree.success)
+    assert np.nanmax(grown[0].scores.density) <= 1
 
 
 def test_start_line_says_what_runs(config, model_path, capsys):

@@ -218,11 +218,11 @@ def test_trees_grow_on_while_an_async_function_scores_another(untied, event_loop
     untied.reward_funcs, untied.async_loop = [judge], event_loop
     try:
         rows = [{"prompt": "What is 3 + 4?"}, {"prompt": "What is 5 + 1?"}]
-        growers = untied.grow_trees(rows)
+        grown = untied.grow_trees(rows)
     finally:
         untied.reward_funcs, untied.async_loop = working, None
     assert len(held) == 1 and complete.is_set()
-    assert [len(grower.tree.leaves) for grower in growers] == [12, 12] and set(scored.values()) == {12}
+    assert [len(each.tree.leaves) for each in grown] == [12, 12] and set(scored.values()) == {12}
 
 
 def test_interrupt_leaves_the_engine_empty(untied):

@@ -7,6 +7,7 @@ line in `ADVANTAGES`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -22,6 +23,7 @@ class StepAdvantages:
     local_terms: list[np.ndarray]  # lambda * A_IB
 
 
+SharedTokenWeight = Literal["per_trajectory", "once"]
 AdvantageFunction = Callable[[RolloutTree, TreeScores, np.ndarray, float], StepAdvantages]
 
 
@@ -56,6 +58,44 @@ def grpo(tree: RolloutTree, scores: TreeScores, advantage_L: np.ndarray, ib_coef
 
 
 ADVANTAGES: dict[str, AdvantageFunction] = {"ibtpo": ibtpo, "grpo": grpo}
+
+
+@dataclass(frozen=True)
+class TokenAdvantages:
+    """One `(T,)` array a leaf."""
+
+    values: list[np.ndarray]  # what the loss gets: the sum of both terms, weighted
+    global_terms: list[np.ndarray]  # A_GL, not weighted
+    local_terms: list[np.ndarray]  # lambda * A_IB, not weighted
+
+
+def token_advantages(
+    tree: RolloutTree,
+    scores: TreeScores,
+    advantage_L: np.ndarray,
+    *,
+    advantage: str = "ibtpo",
+    ib_coef: float = 0.1,
+    shared_token_weight: SharedTokenWeight = "per_trajectory",
+) -> TokenAdvantages:
+    """What each token of each trajectory gets, for the fields of `IBTPOConfig` with these names.
+
+    Args:
+        tree, scores, advantage_L, ib_coef: see `ibtpo`.
+        advantage: a key of `ADVANTAGES`.
+        shared_token_weight: `once` divides by the number of trajectories that share the token.
+    """
+    terms = ADVANTAGES[advantage](tree, scores, advantage_L, ib_coef)
+    shared_by_N = tree.leaf_count()
+    result = TokenAdvantages([], [], [])
+    for leaf, (global_S, local_S) in enumerate(zip(terms.global_terms, terms.local_terms, strict=True)):
+        values_S = global_S + local_S
+        if shared_token_weight == "once":
+            values_S = values_S / shared_by_N[tree.path(tree.leaves[leaf])]
+        result.values.append(per_token(tree, leaf, values_S))
+        result.global_terms.append(per_token(tree, leaf, global_S))
+        result.local_terms.append(per_token(tree, leaf, local_S))
+    return result
 
 
 def per_token(tree: RolloutTree, leaf: int, values_S: np.ndarray) -> np.ndarray:

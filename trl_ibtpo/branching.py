@@ -32,7 +32,9 @@ def random(scores: TreeScores, rng: np.random.Generator) -> np.ndarray:
 STRATEGIES: dict[str, Strategy | None] = {"ib": ib, "confidence": confidence, "random": random, "independent": None}
 
 
-def select_steps(priority: np.ndarray, eligible: np.ndarray, count: int, last: np.ndarray | None = None) -> list[int]:
+def select_steps(
+    priority: np.ndarray, eligible: np.ndarray, count: int, deferred: np.ndarray | None = None
+) -> list[int]:
     """The `count` eligible steps of highest priority, ties broken by the earlier step.
 
     Where fewer steps are eligible than asked for, they are taken again in the same order, so a tree always reaches
@@ -42,8 +44,10 @@ def select_steps(priority: np.ndarray, eligible: np.ndarray, count: int, last: n
         priority: `(N,)`.
         eligible: boolean, `(N,)`, true somewhere.
         count: the paper's K.
-        last: boolean, `(N,)`: steps taken only after all others.
+        deferred: boolean, `(N,)`: steps taken only after all others.
     """
-    last = np.zeros_like(eligible) if last is None else last
-    ranked = [int(step) for step in np.lexsort((-priority, last)) if eligible[step]]
-    return [ranked[index % len(ranked)] for index in range(count)]
+    candidates = np.flatnonzero(eligible)
+    if deferred is None:
+        deferred = np.zeros(len(priority), dtype=bool)
+    ranked = candidates[np.lexsort((-priority[candidates], deferred[candidates]))]
+    return [int(ranked[index % len(ranked)]) for index in range(count)]

@@ -1,6 +1,6 @@
 """What a user sets: `GRPOConfig` and the tree."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import isfinite, lcm
 from numbers import Real
 from typing import Any
@@ -288,19 +288,7 @@ class IBTPOConfig(GRPOConfig):
     @property
     def growth_settings(self) -> GrowthSettings:
         """What the growth of a tree depends on."""
-        return GrowthSettings(
-            initial_rollouts=self.tree_initial_rollouts,
-            levels=self.tree_levels,
-            nodes_per_level=self.tree_nodes_per_level,
-            branches_per_node=self.tree_branches_per_node,
-            branching=self.branching,
-            allow_root_branching=self.allow_root_branching,
-            allow_repeated_branching=self.allow_repeated_branching,
-            ib_beta=self.ib_beta,
-            step_confidence=self.step_confidence,
-            max_completion_length=self.max_completion_length,
-            branch_lookahead=self.branch_lookahead,
-        )
+        return GrowthSettings(**{each.name: getattr(self, each.name) for each in fields(GrowthSettings)})
 
     def _check_tree(self) -> None:
         for name in ("tree_initial_rollouts", "tree_levels", "tree_nodes_per_level", "tree_branches_per_node"):

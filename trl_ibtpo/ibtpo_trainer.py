@@ -14,9 +14,9 @@ from accelerate.utils import gather_object, is_peft_model
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
-from .advantages import ADVANTAGES, per_token
+from .advantages import token_advantages
 from .engines.vllm_cpu import CPUVLLMGeneration, runs_on_cpu
-from .growth import TreeGrower
+from .growth import GrownTree
 from .ibtpo_config import IBTPOConfig
 from .prefix_sharing.trainer_mixin import PrefixSharedForward
 from .steps import StepSplitter
@@ -25,7 +25,7 @@ from .training.checkpoints import WholeCheckpoints
 from .training.generation import TreeGeneration
 from .training.hooks import check_hooks
 from .training.metrics import TreeMetrics
-from .training.model_card import GrownTree, complete_card, tree_to_show
+from .training.model_card import complete_card, tree_to_show
 from .training.rewards import RewardScorer
 
 
@@ -113,9 +113,9 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         self._success_index = self._find_success_reward()
         self._splitter = StepSplitter(self._tokenizer, args.step_delimiter)
         self._tree_inputs: list[dict[str, Any]] = []  # dataset rows of the generation batch being made
-        self._growers: list[TreeGrower] = []
+        self._grown: list[GrownTree] = []
         self._scorer: RewardScorer | None = None
-        self._shown_tree: GrownTree | None = None  # one of the last generation batch, for the model card
+        self._shown_tree: tuple[GrownTree, int] | None = None  # and its training step, for the model card
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """As in TRL, except that `resume_from_checkpoint=True` is the last checkpoint that was written to the end."""
@@ -145,9 +145,9 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             output = super()._generate_and_score_completions(inputs)
             output["advantages"] = self._step_advantages(output["advantages"], output["completion_ids"])
             output["row"] = torch.arange(len(inputs), device=output["advantages"].device)
-            self._shown_tree = tree_to_show(self._growers, self.state.global_step + 1)
+            self._shown_tree = tree_to_show(self._grown), self.state.global_step + 1
         finally:
-            self._tree_inputs, self._growers, self._scorer = [], [], None
+            self._tree_inputs, self._grown, self._scorer = [], [], None
         return output
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
@@ -157,8 +157,8 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             )
         if images is not None:
             raise ValueError(checks.NO_IMAGES)
-        self._growers, self._scorer = self._grow(self._tree_inputs, prompt_ids)
-        trajectories = [grower.tree.trajectory(leaf) for grower in self._growers for leaf in range(num_generations)]
+        self._grown, self._scorer = self._grow(self._tree_inputs, prompt_ids)
+        trajectories = [grown.tree.trajectory(leaf) for grown in self._grown for leaf in range(num_generations)]
         completion_ids = [token_ids for token_ids, _ in trajectories]
         # As in TRL, only vLLM's log-probabilities are passed on, to correct for its mismatch with the policy.
         return completion_ids, [logprobs for _, logprobs in trajectories] if self.use_vllm else None
@@ -198,35 +198,32 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
 
     def _step_advantages(self, advantages: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:
         """Replace GRPO's advantage of each trajectory by those of its steps: `(B,)` to `(B, T)`."""
-        method = ADVANTAGES[self.args.advantage]
         unscorable = np.isnan(self._scorer.rewards).all(axis=1)
         advantage_B = np.where(unscorable, np.nan, advantages.cpu().double().numpy())
-        per_step = np.zeros(completion_ids.shape)
-        metrics = TreeMetrics()
-        row = 0
-        for grower in self._growers:
-            tree, scores = grower.tree, grower.scores()
-            leaf_advantages = advantage_B[row : row + len(tree.leaves)]
-            terms = method(tree, scores, leaf_advantages, self.args.ib_coef)
-            shared_by = tree.leaf_count()
-            metrics.add_tree(grower, scores)
-            for leaf, (global_S, local_S) in enumerate(zip(terms.global_terms, terms.local_terms, strict=True)):
-                metrics.add_trajectory(*(per_token(tree, leaf, term) for term in (global_S, local_S)))
-                values = global_S + local_S
-                if self.args.shared_token_weight == "once":
-                    values = values / shared_by[tree.path(tree.leaves[leaf])]
-                values_T = per_token(tree, leaf, values)
-                per_step[row, : len(values_T)] = values_T
-                row += 1
+        metrics, values_B = TreeMetrics(), []
+        for grown, advantage_L in zip(self._grown, np.split(advantage_B, len(self._grown)), strict=True):
+            found = token_advantages(
+                grown.tree,
+                grown.scores,
+                advantage_L,
+                advantage=self.args.advantage,
+                ib_coef=self.args.ib_coef,
+                shared_token_weight=self.args.shared_token_weight,
+            )
+            metrics.add_tree(grown, found)
+            values_B += found.values
+        per_token = np.zeros(completion_ids.shape)
+        for row, values_T in zip(per_token, values_B, strict=True):
+            row[: len(values_T)] = values_T
         for name, value in metrics.reduce(self.accelerator).items():
             self._metrics["train"][name].append(value)
-        self._rewrite_logged_advantages(per_step)
-        return torch.tensor(per_step, dtype=advantages.dtype, device=advantages.device)
+        self._rewrite_logged_advantages(per_token)
+        return torch.tensor(per_token, dtype=advantages.dtype, device=advantages.device)
 
-    def _rewrite_logged_advantages(self, per_step: np.ndarray) -> None:
+    def _rewrite_logged_advantages(self, per_token: np.ndarray) -> None:
         """The completions table shows one number per trajectory: the mean over its tokens."""
-        lengths = [grower.tree.steps[leaf].end for grower in self._growers for leaf in grower.tree.leaves]
-        means = gather_object([float(row[:length].mean()) for row, length in zip(per_step, lengths, strict=True)])
+        lengths = [grown.tree.steps[leaf].end for grown in self._grown for leaf in grown.tree.leaves]
+        means = gather_object([float(row[:length].mean()) for row, length in zip(per_token, lengths, strict=True)])
         for _ in means:
             self._logs["advantages"].pop()
         self._logs["advantages"].extend(means)

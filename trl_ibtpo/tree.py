@@ -1,4 +1,4 @@
-"""The tree of one question: steps with parent indices, one leaf per rollout.
+"""The tree of one question: steps with parent indices, one leaf per rollout, and what is known of the leaves.
 
 Step 0 is the root, the question itself; it owns no completion tokens. Every other step owns the token ids it was
 sampled as and their sampling log-probabilities. A rollout opened after a step has exactly one leaf, the last of the
@@ -9,8 +9,11 @@ Names of shapes here and in the modules above: `_N` steps (the root included), `
 rollouts, `_T` tokens of a trajectory.
 """
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from math import isnan, nan
 
 import numpy as np
 
@@ -38,20 +41,31 @@ class RolloutTree:
         self.steps: list[Step] = [Step(parent=-1, token_ids=[], logprobs=[], end=0)]
         self.leaves: list[int] = []  # step index of each rollout's last step so far
         self.branch_steps: list[int] = []  # step index each rollout was opened after
+        self.rounds: list[int] = []  # round that each rollout belongs to, 0 for the initial ones
+        self.rewards: list[float] = []  # of each leaf, from the function that names success; NaN where unknown
+        self.success: list[float] = []  # the same in [0, 1], see `add_reward`
+        self._range = (0.0, 1.0)  # rewards that are success 0 and 1
+        # Sums per step, so that scoring a tree does not go through its tokens and leaves again.
+        self._parents = array("q", [-1])
+        self._logprob_sums, self._logprob_counts = array("d", [0.0]), array("d", [0.0])
+        self._success_sums, self._success_counts = array("d", [0.0]), array("d", [0.0])
 
-    def open(self, after: int) -> int:
+    def open(self, after: int, round: int = 0) -> int:
         """Start a rollout, still without tokens, that continues the prefix of step `after`; returns its leaf index."""
         self.leaves.append(after)
         self.branch_steps.append(after)
+        self.rounds.append(round)
+        self.rewards.append(nan)
+        self.success.append(nan)
         return len(self.leaves) - 1
 
     def extend(self, leaf: int, token_ids: Sequence[int], logprobs: Sequence[float], step_ends: Sequence[int]) -> None:
-        """Hang further steps at the end of a rollout.
+        """Hang further steps at the end of a rollout whose reward is not known yet.
 
         Args:
             leaf: which rollout.
             token_ids: sampled continuation, at least one token.
-            logprobs: sampling log-probability of each token, same length.
+            logprobs: sampling log-probability of each token, same length; NaN where the engine could not give it.
             step_ends: exclusive ends of its steps; the last is `len(token_ids)`.
         """
         if not token_ids or len(logprobs) != len(token_ids) or not step_ends or step_ends[-1] != len(token_ids):
@@ -59,46 +73,96 @@ class RolloutTree:
                 f"A rollout needs at least one token, one log-probability a token and steps that cover it; got "
                 f"{len(token_ids)} tokens, {len(logprobs)} log-probabilities and step ends {list(step_ends)}."
             )
-        parent, start = self.leaves[leaf], 0
+        steps, parent, start = self.steps, self.leaves[leaf], 0
+        before = steps[parent].end
         for end in step_ends:
-            step = Step(
-                parent=parent,
-                token_ids=list(token_ids[start:end]),
-                logprobs=list(logprobs[start:end]),
-                end=self.steps[parent].end + end - start,
-            )
-            self.steps.append(step)
-            self.steps[parent].children.append(len(self.steps) - 1)
-            parent, start = len(self.steps) - 1, end
+            own = list(logprobs[start:end])
+            steps[parent].children.append(len(steps))
+            steps.append(Step(parent, list(token_ids[start:end]), own, before + end))
+            self._parents.append(parent)
+            total, count = sum(own), end - start
+            if isnan(total):
+                known = [logprob for logprob in own if not isnan(logprob)]
+                total, count = sum(known), len(known)
+            self._logprob_sums.append(total)
+            self._logprob_counts.append(count)
+            parent, start = len(steps) - 1, end
+        new = [0.0] * len(step_ends)
+        self._success_sums.extend(new)
+        self._success_counts.extend(new)
         self.leaves[leaf] = parent
 
-    def graft(self, after: int, token_ids: Sequence[int], logprobs: Sequence[float], step_ends: Sequence[int]) -> int:
-        """Open a rollout after step `after` and extend it by all its steps at once; returns its leaf index."""
-        leaf = self.open(after)
-        self.extend(leaf, token_ids, logprobs, step_ends)
-        return leaf
+    def add_reward(self, leaf: int, reward: float) -> None:
+        """What the reward function that names success gave to a whole trajectory; NaN where it gave nothing.
+
+        Success is a reward in [0, 1] as it is. Where this tree has a reward outside of it, success is
+        `(reward - min) / (max - min)` over its rewards so far, and 1/2 where all are equal: no information.
+        """
+        self.rewards[leaf] = reward
+        if isnan(reward):
+            return
+        low, high = self._range
+        if low == 0.0 and high == 1.0 and 0.0 <= reward <= 1.0:
+            self._add_success(leaf, reward)
+            return
+        known = [other for other in self.rewards if not isnan(other)]
+        if self._range != (min(known), max(known)):
+            self._range = (min(known), max(known))
+            self._success_sums = array("d", [0.0]) * len(self.steps)
+            self._success_counts = array("d", [0.0]) * len(self.steps)
+            rescaled = [index for index, other in enumerate(self.rewards) if not isnan(other)]
+        else:
+            rescaled = [leaf]
+        low, high = self._range
+        for index in rescaled:
+            self._add_success(index, (self.rewards[index] - low) / (high - low) if low < high else 0.5)
+
+    def _add_success(self, leaf: int, success: float) -> None:
+        self.success[leaf] = success
+        step = self.leaves[leaf]
+        while step >= 0:
+            self._success_sums[step] += success
+            self._success_counts[step] += 1
+            step = self._parents[step]
 
     def path(self, step: int) -> list[int]:
         """Step indices from the first step of the completion to `step`, the root left out."""
         path = []
         while step > 0:
             path.append(step)
-            step = self.steps[step].parent
+            step = self._parents[step]
         return path[::-1]
 
     def prefix(self, step: int) -> list[int]:
         """Completion token ids from the question to the end of `step`."""
-        return [token_id for index in self.path(step) for token_id in self.steps[index].token_ids]
+        return self._joined(self.steps[index].token_ids for index in self.path(step))
 
     def trajectory(self, leaf: int) -> tuple[list[int], list[float]]:
         """Completion token ids and sampling log-probabilities of trajectory `leaf`; both `(T,)`."""
         path = self.path(self.leaves[leaf])
-        token_ids = [token_id for index in path for token_id in self.steps[index].token_ids]
-        return token_ids, [logprob for index in path for logprob in self.steps[index].logprobs]
+        token_ids = self._joined(self.steps[index].token_ids for index in path)
+        return token_ids, self._joined(self.steps[index].logprobs for index in path)
+
+    @staticmethod
+    def _joined(lists: Iterator[list]) -> list:
+        return list(chain.from_iterable(lists))
 
     def parents(self) -> np.ndarray:
         """Parent index of every step, `(N,)`; -1 for the root."""
-        return np.array([step.parent for step in self.steps])
+        return np.array(self._parents)
+
+    def density(self) -> np.ndarray:
+        """`p(s)`: mean success of the leaves under every step, `(N,)`; NaN where none is known."""
+        counts = np.array(self._success_counts)
+        return np.divide(np.array(self._success_sums), counts, out=np.full(len(counts), np.nan), where=counts > 0)
+
+    def mean_logprobs(self) -> np.ndarray:
+        """Mean sampling log-probability of the tokens of every step, `(N,)`; 0 where none is known."""
+        return self.total_logprobs() / np.maximum(np.array(self._logprob_counts), 1)
+
+    def total_logprobs(self) -> np.ndarray:
+        """Sampling log-probability of every step as a whole, `(N,)`."""
+        return np.array(self._logprob_sums)
 
     def leaf_mean(self, values_L: Sequence[float] | np.ndarray) -> np.ndarray:
         """Mean of a leaf value over the leaves under every step; `(L,)` to `(N,)`.
@@ -118,9 +182,10 @@ class RolloutTree:
     def _sum_over_leaves(self, values_L: np.ndarray) -> np.ndarray:
         sums = np.zeros(len(self.steps))
         np.add.at(sums, self.leaves, values_L)
-        for index in range(len(self.steps) - 1, 0, -1):
-            sums[self.steps[index].parent] += sums[index]
-        return sums
+        sums = sums.tolist()
+        for step in range(len(sums) - 1, 0, -1):
+            sums[self._parents[step]] += sums[step]
+        return np.array(sums)
 
     @property
     def generated_tokens(self) -> int:

@@ -179,21 +179,11 @@ def tree(args: argparse.Namespace) -> int:
     question = args.question if args.question is not None else Path(args.question_file).read_text(encoding="utf-8")
     if not question.strip():
         raise UsageError("The question is empty.")
-    grower, decode = _grow(args, question)
-    scores = grower.scores()
-    Console().print(render_tree(grower.tree, grower.success, scores, decode, question))
+    grown, decode = _grow(args, question)
+    Console().print(render_tree(grown, decode, question))
     if args.out is not None:
-        draw_tree(
-            grower.tree,
-            grower.success,
-            scores,
-            args.out,
-            title=question,
-            decode=decode,
-            initial_rollouts=args.tree_initial_rollouts,
-            branches_per_round=args.tree_nodes_per_level * args.tree_branches_per_node,
-        )
-    described = describe_tree(grower.tree, grower.success, scores, decode)
+        draw_tree(grown, args.out, title=question, decode=decode)
+    described = describe_tree(grown, decode)
     _write_json(args.json, {"question": question, "answer": args.answer, "arguments": vars(args), **described})
     return 0
 
@@ -237,8 +227,8 @@ def _grow(args: argparse.Namespace, question: str) -> tuple[Any, Callable[[list[
             raise UsageError(str(error)) from error
         trainer = IBTPOTrainer(args.model, success, config, Dataset.from_list([row]), processing_class=tokenizer)
         trainer.model.eval()
-        (grower,) = trainer.grow_trees([row])
-    return grower, tokenizer.decode
+        (grown,) = trainer.grow_trees([row])
+    return grown, tokenizer.decode
 
 
 def doctor(args: argparse.Namespace) -> int:

@@ -18,10 +18,10 @@ from ..growth import GrowthSettings
 TREE = GrowthSettings()
 # Fields of IBTPOConfig that `tree` takes, with their defaults there.
 TREE_FIELDS: dict[str, tuple[Any, str]] = {
-    "tree_initial_rollouts": (TREE.initial_rollouts, "rollouts from the question, the paper's B0"),
-    "tree_levels": (TREE.levels, "the initial rollouts and L - 1 rounds of branching"),
-    "tree_nodes_per_level": (TREE.nodes_per_level, "steps chosen per round, the paper's K"),
-    "tree_branches_per_node": (TREE.branches_per_node, "rollouts that continue a chosen step, the paper's B"),
+    "tree_initial_rollouts": (TREE.tree_initial_rollouts, "rollouts from the question, the paper's B0"),
+    "tree_levels": (TREE.tree_levels, "the initial rollouts and L - 1 rounds of branching"),
+    "tree_nodes_per_level": (TREE.tree_nodes_per_level, "steps chosen per round, the paper's K"),
+    "tree_branches_per_node": (TREE.tree_branches_per_node, "rollouts that continue a chosen step, the paper's B"),
     "branching": (TREE.branching, "which steps to branch"),
     "allow_root_branching": (TREE.allow_root_branching, "a round may choose the question itself"),
     "ib_beta": (TREE.ib_beta, "weight of the answer in the IB-Score, the paper's beta"),

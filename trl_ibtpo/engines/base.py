@@ -1,15 +1,21 @@
 """What a tree grower asks of a generation engine. An engine knows token ids only: no trees, no text, no rewards."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
+
+# How a tree counts the time of its rollouts, so that it does not depend on what else the engine is doing:
+# tokens   a rollout gains one token a tick, and `generated` says how far it is
+# polls    all rollouts of a poll end together, one tick after they were submitted
+# arrival  nobody knows how far a running rollout is: rollouts end in the order in which they are answered
+Clock = Literal["tokens", "polls", "arrival"]
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutRequest:
     """A prefix to continue."""
 
-    request_id: str  # unique among the requests in flight
+    request_id: Hashable  # unique among the requests in flight; trees use (tree, leaf)
     prefix_ids: list[int]  # question and completion so far
     max_tokens: int  # at least 1
     seed: int  # of this request alone, for engines that sample each request on its own
@@ -19,7 +25,7 @@ class RolloutRequest:
 class Rollout:
     """A sampled continuation."""
 
-    request_id: str
+    request_id: Hashable
     token_ids: list[int]  # the stop token included
     logprobs: list[float]  # under the distribution that was sampled from (after temperature, top-k, top-p)
 
@@ -28,16 +34,16 @@ class RolloutEngine(Protocol):
     """Submit requests at any time; each `poll` does one unit of work and returns what has finished."""
 
     max_length: int | None  # tokens of prefix and continuation together, None for no limit
-    batched: bool  # whether all rollouts of a poll end together
+    clock: Clock
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None: ...
 
     def poll(self) -> list[Rollout]: ...
 
-    def generated(self, request_id: str) -> int:
-        """Tokens that a request in flight has been given so far, or fewer."""
+    def generated(self, request_id: Hashable) -> int:
+        """Tokens that a request has been given so far, or fewer; 0 for a request that is not in flight."""
 
-    def partial(self, request_id: str, start: int, stop: int) -> tuple[list[int], list[float]]:
+    def partial(self, request_id: Hashable, start: int, stop: int) -> tuple[list[int], list[float]]:
         """Sampled tokens `start` to `stop` of a request in flight, with their log-probabilities.
 
         `stop` is at most what `generated` said, which an engine that cannot look inside its requests keeps at 0.

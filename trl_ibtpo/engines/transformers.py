@@ -1,6 +1,6 @@
 """Rollouts with `model.generate`: every poll runs all submitted requests as one left-padded batch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 
@@ -35,7 +35,7 @@ class TransformersEngine:
             alone, not on what else is in the batch or on how many processes share the work.
     """
 
-    batched = True
+    clock = "polls"
     max_length = None  # transformers generates past the model's positions, as in TRL
 
     def __init__(
@@ -61,10 +61,10 @@ class TransformersEngine:
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
         self._queue.extend(requests)
 
-    def generated(self, request_id: str) -> int:
+    def generated(self, request_id: Hashable) -> int:
         return 0  # all or nothing
 
-    def partial(self, request_id: str, start: int, stop: int) -> tuple[list[int], list[float]]:
+    def partial(self, request_id: Hashable, start: int, stop: int) -> tuple[list[int], list[float]]:
         return [], []
 
     def abort(self) -> None:

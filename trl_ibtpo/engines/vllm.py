@@ -6,7 +6,7 @@ token ids, so vLLM's prefix cache (on by default) finds the blocks that earlier 
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,8 +43,8 @@ class VLLMEngine:
             not on what else is in the batch.
     """
 
-    batched = False
-    _batches = itertools.count()  # makes request ids unique in an engine that outlives this object
+    clock = "tokens"
+    _numbers = itertools.count()  # makes request ids unique in an engine that outlives this object
 
     def __init__(self, generation: VLLMGeneration, request_seeds: bool = True):
         from vllm import SamplingParams
@@ -60,8 +60,8 @@ class VLLMEngine:
             "detokenize": bool(generation.generation_kwargs.get("stop")),
         }
         self._sampling_params = SamplingParams
-        self._prefix = f"tree-{next(self._batches)}-"
-        self._in_flight: dict[str, str] = {}  # request id to vLLM's own
+        self._in_flight: dict[str, Hashable] = {}  # what vLLM was given as the id of a request, to ours
+        self._internal: dict[Hashable, str] = {}  # ours to the id that vLLM makes of what it is given
         self.cached_tokens = 0  # prefix tokens that were not computed again
         self.prefix_tokens = 0
 
@@ -83,40 +83,43 @@ class VLLMEngine:
         for request in requests:
             seed = request.seed if self._request_seeds else None
             parameters = self._sampling_params(**self._sampling, max_tokens=request.max_tokens, seed=seed)
-            request_id = self._prefix + request.request_id
-            prompt = {"prompt_token_ids": request.prefix_ids}
-            self._in_flight[request_id] = self._llm_engine.add_request(request_id, prompt, parameters)
+            number = f"tree-{next(self._numbers)}"
+            internal = self._llm_engine.add_request(number, {"prompt_token_ids": request.prefix_ids}, parameters)
+            self._in_flight[number] = request.request_id
+            self._internal[request.request_id] = internal
 
     def poll(self) -> list[Rollout]:
         rollouts = []
         for output in self._llm_engine.step():
             if not output.finished or output.request_id not in self._in_flight:
                 continue
-            del self._in_flight[output.request_id]
+            request_id = self._in_flight.pop(output.request_id)
+            del self._internal[request_id]
             self.cached_tokens += output.num_cached_tokens or 0
             self.prefix_tokens += len(output.prompt_token_ids)
             completion = output.outputs[0]
-            request_id = output.request_id.removeprefix(self._prefix)
             rollouts.append(Rollout(request_id, *_with_logprobs(completion.token_ids, completion.logprobs)))
         return rollouts
 
-    def generated(self, request_id: str) -> int:
-        return self._state(request_id).detokenizer.num_output_tokens()
+    def generated(self, request_id: Hashable) -> int:
+        internal = self._internal.get(request_id)
+        return 0 if internal is None else self._state(internal).detokenizer.num_output_tokens()
 
-    def partial(self, request_id: str, start: int, stop: int) -> tuple[list[int], list[float]]:
-        state = self._state(request_id)
+    def partial(self, request_id: Hashable, start: int, stop: int) -> tuple[list[int], list[float]]:
+        state = self._state(self._internal[request_id])
         return _with_logprobs(
             state.detokenizer.output_token_ids[start:stop], state.logprobs_processor.logprobs[start:stop]
         )
 
-    def _state(self, request_id: str) -> Any:
+    def _state(self, internal: str) -> Any:
         """What vLLM keeps of a request in flight."""
-        return self._llm_engine.output_processor.request_states[self._in_flight[self._prefix + request_id]]
+        return self._llm_engine.output_processor.request_states[internal]
 
     def abort(self) -> None:
         if self._in_flight:
             self._llm_engine.abort_request(list(self._in_flight))
             self._in_flight.clear()
+            self._internal.clear()
 
 
 def _with_logprobs(token_ids: Sequence[int], entries: Sequence[dict]) -> tuple[list[int], list[float]]:

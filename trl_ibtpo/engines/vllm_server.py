@@ -1,8 +1,7 @@
 """Rollouts with a `vllm serve` on another machine."""
 
 import math
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
@@ -25,7 +24,7 @@ class VLLMServerEngine:
         max_concurrent_requests: open connections at a time.
     """
 
-    batched = False
+    clock = "arrival"
 
     def __init__(
         self,
@@ -40,7 +39,7 @@ class VLLMServerEngine:
         self._client = client
         self._sampling = {key: value for key, value in sampling.items() if key != "n"}
         self._executor = ThreadPoolExecutor(max_workers=max_concurrent_requests)
-        self._in_flight: dict[Future, str] = {}
+        self._in_flight: dict[Future, Hashable] = {}
 
     @contextmanager
     def awake(self) -> Iterator["VLLMServerEngine"]:
@@ -57,11 +56,10 @@ class VLLMServerEngine:
         finished, _ = wait(self._in_flight, return_when=FIRST_COMPLETED)
         return [Rollout(self._in_flight.pop(future), *future.result()) for future in finished]
 
-    def generated(self, request_id: str) -> int:
-        # The server does not say; taken as past every end, so that no tree waits for a rollout to get there.
-        return sys.maxsize
+    def generated(self, request_id: Hashable) -> int:
+        return 0  # the server does not say
 
-    def partial(self, request_id: str, start: int, stop: int) -> tuple[list[int], list[float]]:
+    def partial(self, request_id: Hashable, start: int, stop: int) -> tuple[list[int], list[float]]:
         return [], []  # nor what it has sampled
 
     def abort(self) -> None:

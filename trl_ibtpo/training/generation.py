@@ -16,7 +16,7 @@ from ..engines.base import RolloutEngine
 from ..engines.transformers import TransformersEngine, unsharded
 from ..engines.vllm import VLLMEngine, check_room, sampling_arguments
 from ..engines.vllm_server import VLLMServerEngine
-from ..growth import TreeGrower, drive
+from ..growth import GrownTree, TreeGrower, drive
 from . import checks
 from .rewards import RewardScorer
 
@@ -24,7 +24,7 @@ from .rewards import RewardScorer
 class TreeGeneration:
     """For a `GRPOTrainer` with an `IBTPOConfig`: grows trees with the current policy."""
 
-    def grow_trees(self, rows: list[dict[str, Any]]) -> list[TreeGrower]:
+    def grow_trees(self, rows: list[dict[str, Any]]) -> list[GrownTree]:
         """Grow one tree per dataset row with the current policy, as a training step would, without training on it.
 
         Every process grows the rows that it is given.
@@ -33,19 +33,16 @@ class TreeGeneration:
             rows: dataset rows, each with a `prompt` and the columns that the reward functions need.
 
         Returns:
-            One grower per row: its `tree`, the `success` of each leaf and `scores()`.
+            One tree per row, with its scores.
         """
         checks.check_rows(rows)
         inputs = [dict(row) for row in rows for _ in range(self.num_generations)]
         prompt_ids, images, _ = self._tokenize_prompts([row["prompt"] for row in inputs])
         if images is not None:
             raise ValueError(checks.NO_IMAGES)
-        growers, _ = self._grow(inputs, prompt_ids)
-        return growers
+        return self._grow(inputs, prompt_ids)[0]
 
-    def _grow(
-        self, inputs: list[dict[str, Any]], prompt_ids: list[list[int]]
-    ) -> tuple[list[TreeGrower], RewardScorer]:
+    def _grow(self, inputs: list[dict[str, Any]], prompt_ids: list[list[int]]) -> tuple[list[GrownTree], RewardScorer]:
         """Grow one tree for each run of G equal prompts; makes no collective call while trees grow."""
         scorer = self._make_scorer(inputs, self.num_generations, self._decoder(inputs, prompt_ids))
         with (
@@ -62,7 +59,7 @@ class TreeGeneration:
             growers = self._plant(prompt_ids, engine)
             drive(growers, engine, scorer, on_rollout=progress.update)
         scorer.warn_of_timeouts()
-        return growers, scorer
+        return [grower.grown() for grower in growers], scorer
 
     def _plant(self, prompt_ids: list[list[int]], engine: RolloutEngine) -> list[TreeGrower]:
         """One grower for each run of G equal prompts."""
@@ -86,7 +83,7 @@ class TreeGeneration:
                     replace(settings, max_completion_length=budget),
                     self._splitter,
                     seed=(self.args.seed, self.state.global_step, prompt_index),
-                    batched=engine.batched,
+                    clock=engine.clock,
                 )
             )
         return growers

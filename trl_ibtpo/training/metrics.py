@@ -18,8 +18,8 @@ from collections import defaultdict
 import numpy as np
 import torch
 
-from ..growth import TreeGrower
-from ..scores import TreeScores
+from ..advantages import TokenAdvantages
+from ..growth import GrownTree
 
 MEANS = (
     "tree/effective_rate",
@@ -41,25 +41,24 @@ class TreeMetrics:
     def __init__(self):
         self._sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))  # sum, sum of squares, count
 
-    def add_tree(self, grower: TreeGrower, scores: TreeScores) -> None:
-        tree, success = grower.tree, np.array(grower.success)
+    def add_tree(self, grown: GrownTree, advantages: TokenAdvantages) -> None:
+        tree, scores, success = grown.tree, grown.scores, np.array(grown.tree.success)
         known = success[~np.isnan(success)]
         self._add("tree/effective_rate", [len(known) > 0 and known.min() < known.max()])
         self._add("tree/average_success", known)
         self._add("tree/generated_tokens", [tree.generated_tokens])
         self._add("tree/trajectory_tokens", [tree.trajectory_tokens])
         self._add("tree/depth", [len(tree.path(leaf)) for leaf in tree.leaves])
-        branched = [(after, leaf) for after, leaf in zip(tree.branch_steps, tree.leaves, strict=True)]
-        branched = branched[grower.settings.initial_rollouts :]
-        self._add("tree/branch_position", [tree.steps[after].end / tree.steps[leaf].end for after, leaf in branched])
-        children = np.bincount(scores.parents[1:], minlength=len(scores.parents))
-        self._add("ib/score", scores.ib_score[children > 0])
-        self._add("ib/covariance", scores.covariance[children > 1])
+        branched = zip(tree.branch_steps, tree.leaves, tree.rounds, strict=True)
+        self._add(
+            "tree/branch_position",
+            [tree.steps[after].end / tree.steps[leaf].end for after, leaf, round in branched if round > 0],
+        )
+        self._add("ib/score", scores.ib_score[scores.children > 0])
+        self._add("ib/covariance", scores.covariance[scores.children > 1])
         self._add("ib/confidence", scores.confidence[1:])
-
-    def add_trajectory(self, global_T: np.ndarray, local_T: np.ndarray) -> None:
-        self._add("advantages/global_std", global_T)
-        self._add("advantages/local_std", local_T)
+        self._add("advantages/global_std", np.concatenate(advantages.global_terms))
+        self._add("advantages/local_std", np.concatenate(advantages.local_terms))
 
     def reduce(self, accelerator) -> dict[str, float]:
         """Means and standard deviations over all processes; one collective call. NaN where nothing was seen."""

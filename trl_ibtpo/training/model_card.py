@@ -6,7 +6,7 @@ are pushed with it. Prompts and completions stay out of both: a dataset may be p
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,7 @@ import numpy as np
 from huggingface_hub import ModelCard
 from trl import GRPOConfig
 
-from ..growth import TreeGrower
-from ..scores import TreeScores
-from ..tree import RolloutTree
+from ..growth import GrownTree
 from ..viewing.drawing import draw_learning_curve, draw_tree
 
 FIGURES = "figures"
@@ -68,32 +66,21 @@ A tree grown at training step {{ step }}, one row per trajectory; the colour is 
 """
 
 
-@dataclass(frozen=True)
-class GrownTree:
-    """A tree to show, without what grew it."""
-
-    tree: RolloutTree
-    success: list[float]  # of each leaf, NaN where unknown
-    scores: TreeScores
-    step: int  # training step it was grown for
-
-
-def tree_to_show(growers: Sequence[TreeGrower], step: int) -> GrownTree:
+def tree_to_show(grown: Sequence[GrownTree]) -> GrownTree:
     """Of the trees of a generation batch, the one with most to see: nearest to as many right as wrong answers."""
 
-    def one_sidedness(grower: TreeGrower) -> float:
-        known = [success for success in grower.success if not np.isnan(success)]
+    def one_sidedness(each: GrownTree) -> float:
+        known = [success for success in each.tree.success if not np.isnan(success)]
         return abs(np.mean(known) - 0.5) if known else 1.0
 
-    grower = min(growers, key=one_sidedness)
-    return GrownTree(grower.tree, grower.success, grower.scores(), step)
+    return min(grown, key=one_sidedness)
 
 
 def complete_card(
     folder: str | Path,
     args: GRPOConfig,
     log_history: Sequence[dict[str, Any]],
-    shown: GrownTree | None,
+    shown: tuple[GrownTree, int] | None,
     *,
     success_reward: str,
     adapter: bool,
@@ -104,7 +91,7 @@ def complete_card(
         folder: where `README.md` is, the folder that is pushed.
         args: the IBTPOConfig.
         log_history: `trainer.state.log_history`; without any rate of `RATES` there is no picture of them.
-        shown: the tree to draw; none before the first generation.
+        shown: the tree to draw and the training step it was grown for; none before the first generation.
         success_reward: name of the reward function that says whether an answer is right.
         adapter: whether the folder holds an adapter of `peft` rather than a model.
     """
@@ -124,15 +111,7 @@ def complete_card(
         draw_learning_curve(log_history, folder / curve, RATES, title="Training")
     if shown is not None:
         tree = f"{FIGURES}/tree.png"
-        draw_tree(
-            shown.tree,
-            shown.success,
-            shown.scores,
-            folder / tree,
-            title=f"Rollout tree at training step {shown.step}",
-            initial_rollouts=args.growth_settings.initial_rollouts if branches else args.num_generations,
-            branches_per_round=args.growth_settings.branches_per_round,
-        )
+        draw_tree(shown[0], folder / tree, title=f"Rollout tree at training step {shown[1]}")
     ModelCard.from_template(
         card.data,
         template_str=TEMPLATE,
@@ -143,7 +122,7 @@ def complete_card(
         rows=_rows(args, success_reward),
         curve=curve,
         tree=tree,
-        step=shown.step if shown is not None else None,
+        step=shown[1] if shown is not None else None,
     ).save(folder / "README.md")
 
 

@@ -1,6 +1,6 @@
 """Pictures of a tree and of a training run.
 
-Pure functions of a `RolloutTree`, the success of its leaves and its scores, or of the trainer's `log_history`.
+Pure functions of a `GrownTree`, or of the trainer's `log_history`.
 matplotlib is imported when a picture is drawn, and only its object interface is used: no window, no global state.
 """
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..scores import TreeScores
+from ..growth import GrownTree
 from ..tree import RolloutTree
 
 if TYPE_CHECKING:
@@ -22,32 +22,25 @@ _COLOURS = ("#555555", "#2166ac", "#d95f02", "#1b7837", "#762a83", "#b2182b")
 
 
 def draw_tree(
-    tree: RolloutTree,
-    success_L: Sequence[float],
-    scores: TreeScores,
+    grown: GrownTree,
     path: str | Path | None = None,
     *,
     title: str = "Rollout tree",
     decode: Callable[[list[int]], str] | None = None,
-    initial_rollouts: int | None = None,
-    branches_per_round: int = 1,
 ) -> "Figure":
     """Draw a tree from left to right: one row per leaf, a step where its last token stands.
 
     Args:
-        tree: at least one rollout.
-        success_L: success of each leaf in [0, 1], NaN where unknown, `(L,)`; below 0.5 a leaf is marked wrong.
-        scores: scores of the tree; the density `p(s)` colours the steps.
+        grown: the density `p(s)` colours the steps; below a success of 0.5 a leaf is marked wrong.
         path: where to save the picture.
         title: heading, for example the question.
         decode: token ids to text, to write the steps where there is room. The text may hold anything.
-        initial_rollouts: the paper's `B0`; by default, the rollouts that start at the root before any other.
-        branches_per_round: the paper's `K * B`.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
+    tree = grown.tree
     rows = _rows(tree)
     ends = [step.end for step in tree.steps]
     width = max(ends)
@@ -64,20 +57,20 @@ def draw_tree(
             axes.text((start + step.end) / 2, row - 0.16, text, fontsize=8, ha="center", va="bottom", **_PLAIN)
     colour_map = colormaps["RdYlBu"].with_extremes(bad="#c8c8c8")  # grey: no scored leaf under the step
     nodes = axes.scatter(
-        ends, rows, c=scores.density, cmap=colour_map, vmin=0, vmax=1, plotnonfinite=True, s=75, edgecolors="#606060"
+        ends, rows, c=grown.scores.density, cmap=colour_map, vmin=0, vmax=1, plotnonfinite=True, edgecolors="#606060"
     )
-    nodes.set(linewidths=0.6, zorder=3)
+    nodes.set(sizes=[75], linewidths=0.6, zorder=3)
     nodes.set_gid("steps")
     axes.scatter([0], [rows[0]], marker="s", s=150, facecolors="none", edgecolors="black", zorder=4)
 
-    for step, rounds in _rounds(tree, initial_rollouts, branches_per_round).items():
+    for step, rounds in _rounds(tree).items():
         axes.scatter(
             [ends[step]], [rows[step]], s=135, facecolors="none", edgecolors="black", linewidths=1.3, zorder=4
         )
         label = ", ".join(map(str, rounds))
         axes.text(ends[step] + 0.006 * width, rows[step] + 0.17, label, fontsize=8, fontweight="bold", va="top")
 
-    kinds = [leaf_kind(success) for success in success_L]
+    kinds = [leaf_kind(success) for success in tree.success]
     for kind, (marker, colour) in LEAF_MARKERS.items():
         leaves = [leaf for leaf, other in zip(tree.leaves, kinds, strict=True) if other == kind]
         x = [ends[leaf] + 0.018 * width for leaf in leaves]
@@ -168,15 +161,11 @@ def _rows(tree: RolloutTree) -> np.ndarray:
     return rows
 
 
-def _rounds(tree: RolloutTree, initial_rollouts: int | None, branches_per_round: int) -> dict[int, list[int]]:
+def _rounds(tree: RolloutTree) -> dict[int, list[int]]:
     """Rounds in which each step was branched, counted from 1."""
-    if initial_rollouts is None:
-        later = (number for number, after in enumerate(tree.branch_steps) if after != 0)
-        initial_rollouts = next(later, len(tree.branch_steps))
     rounds: dict[int, list[int]] = {}
-    for number, after in enumerate(tree.branch_steps[initial_rollouts:]):
-        current = 1 + number // branches_per_round
-        if current not in rounds.setdefault(after, []):
+    for after, current in zip(tree.branch_steps, tree.rounds, strict=True):
+        if current > 0 and current not in rounds.setdefault(after, []):
             rounds[after].append(current)
     return rounds
 

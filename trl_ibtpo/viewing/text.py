@@ -1,26 +1,25 @@
 """A tree as text for a terminal and as plain data."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from rich.text import Text
 from rich.tree import Tree
 
+from ..growth import GrownTree
 from ..scores import TreeScores
-from ..tree import RolloutTree
 from .drawing import LEAF_MARKERS, leaf_kind
 
 STYLES = {"right": "green", "wrong": "red", "unscored": "dim"}
 
 
-def render_tree(
-    tree: RolloutTree, success_L: Sequence[float], scores: TreeScores, decode: Callable[[list[int]], str], title: str
-) -> Tree:
+def render_tree(grown: GrownTree, decode: Callable[[list[int]], str], title: str) -> Tree:
     """A tree to print with rich: a line per step with its density and IB-Score, indented where trajectories part.
 
     `decode` may give any text: it is shown on one line and never read as markup or as terminal codes.
     """
-    kinds = {leaf: leaf_kind(success) for leaf, success in zip(tree.leaves, success_L, strict=True)}
+    tree, scores = grown.tree, grown.scores
+    kinds = {leaf: leaf_kind(success) for leaf, success in zip(tree.leaves, tree.success, strict=True)}
     counts = ", ".join(f"{list(kinds.values()).count(kind)} {kind}" for kind in LEAF_MARKERS)
     heading = f"{printable(title)}\n{len(tree.leaves)} trajectories: {counts}; {tree.generated_tokens} tokens"
     view = Tree(Text(heading, style="bold"))
@@ -50,11 +49,11 @@ def _figures(scores: TreeScores, step: int) -> str:
     return f"[{' '.join(words)}] " if words else ""
 
 
-def describe_tree(
-    tree: RolloutTree, success_L: Sequence[float], scores: TreeScores, decode: Callable[[list[int]], str]
-) -> dict[str, Any]:
+def describe_tree(grown: GrownTree, decode: Callable[[list[int]], str]) -> dict[str, Any]:
     """Steps in the order of their indices (0 is the question) and leaves in the order of their rollouts."""
-    figures = {name: getattr(scores, name).tolist() for name in ("density", "confidence", "ib_score", "covariance")}
+    tree = grown.tree
+    names = ("density", "confidence", "ib_score", "covariance")
+    figures = {name: getattr(grown.scores, name).tolist() for name in names}
     steps = [
         {
             "parent": step.parent,
@@ -67,7 +66,7 @@ def describe_tree(
     ]
     leaves = [
         {"step": step, "branched_after": after, "success": success}
-        for step, after, success in zip(tree.leaves, tree.branch_steps, success_L, strict=True)
+        for step, after, success in zip(tree.leaves, tree.branch_steps, tree.success, strict=True)
     ]
     return {"steps": steps, "leaves": leaves, "generated_tokens": tree.generated_tokens}
 
