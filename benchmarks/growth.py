@@ -109,7 +109,7 @@ class ScriptedEngine:
         self.in_flight.clear()
 
 
-class TimedScorer(common.CoinReward):
+class TimedScorer(common.ScriptedScorer):
     seconds = 0.0
 
     def submit(self, leaves):
@@ -229,7 +229,7 @@ def main() -> None:
                     runs[index].append(in_process(point, package))
                     progress.update()
             rows.append(point | figures(runs, rows))
-    common.report("Our own time while trees grow", rows, args.json)
+    common.report("Our own time while trees grow", rows, args)
 
 
 def figures(runs: list[list[dict]], rows: list[dict]) -> dict:

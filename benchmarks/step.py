@@ -188,7 +188,7 @@ def main() -> None:
         ]
         row["ratio_to_grpo8"], row["ratio_to_grpo8_se"] = common.mean_and_error(ratios)
         rows.append(row)
-    common.report(f"One optimizer step of {args.questions} questions", rows, args.json)
+    common.report(f"One optimizer step of {args.questions} questions", rows, args)
 
 
 if __name__ == "__main__":

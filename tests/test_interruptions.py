@@ -5,13 +5,14 @@ import logging
 import shutil
 import time
 
-import interrupted_run
 import pytest
 import tiny
 import torch
 from transformers.utils import logging as transformers_logging
 
-from trl_ibtpo import IBTPOTrainer, checkpoints
+from benchmarks import interrupted_run
+from trl_ibtpo import IBTPOTrainer
+from trl_ibtpo.training import checkpoints
 
 CONSTANT = {"lr_scheduler_type": "constant"}  # so that a run may be continued with more steps than it was planned with
 FILES = {
