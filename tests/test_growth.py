@@ -532,6 +532,70 @@ def test_independent_rollouts_are_submitted_at_once():
         assert grower.tree.generated_tokens == grower.tree.trajectory_tokens
 
 
+class TokenByToken(Engine):
+    """As vLLM: every poll gives each request in flight one token. Counts how often it is asked how far one is."""
+
+    def __init__(self):
+        super().__init__()
+        self.polls, self.questions, self.submitted = 0, 0, {}
+
+    def submit(self, requests):
+        super().submit(requests)
+        self.submitted |= {request.request_id: self.polls for request in requests}
+
+    def poll(self):
+        self.polls += 1
+        return super().poll()
+
+    def choose(self):
+        return [key for key in self.in_flight if self.polls - self.submitted[key] >= len(self._sampled(key)[0])]
+
+    def generated(self, request_id):
+        self.questions += 1
+        self.said[request_id] = self.polls - self.submitted[request_id] if request_id in self.in_flight else 0
+        return self.said[request_id]
+
+
+def long_rollouts(prefix_ids, max_tokens, seed):
+    length = min(max_tokens, random.Random(seed).randint(300, 900))
+    return [4 if place % 20 == 19 else 1 for place in range(length)], [-0.5] * length
+
+
+def test_a_tree_that_waits_is_asked_again_when_its_rollouts_can_have_got_there():
+    growth = GrowthSettings(max_completion_length=1000, branch_lookahead=3)
+    growers = [TreeGrower(prompt, growth, Splitter(), (i,)) for i, prompt in enumerate(PROMPTS)]
+    engine = TokenByToken()
+    engine._sample = long_rollouts
+    drive(growers, engine, Scorer(engine))
+    # Every decision asks after a few rollouts, a poll does not.
+    assert engine.polls > 1000 and engine.questions < engine.polls / 2
+    again = [TreeGrower(prompt, growth, Splitter(), (i,)) for i, prompt in enumerate(PROMPTS)]
+    other = Engine(order=5, sample=long_rollouts)
+    drive(again, other, Scorer(other))
+    assert [snapshot(grower) for grower in growers] == [snapshot(grower) for grower in again]
+
+
+def test_on_the_clock_of_arrival_nothing_is_asked_and_no_tree_waits():
+    """A server does not say how far a rollout is: whatever has arrived decides."""
+
+    class Silent(Engine):
+        def generated(self, request_id):
+            raise AssertionError("asked")
+
+        partial = generated
+
+    growth = GrowthSettings(max_completion_length=40, branch_lookahead=3)
+    growers = [TreeGrower(prompt, growth, Splitter(), (i,), clock="arrival") for i, prompt in enumerate(PROMPTS)]
+    engine = Silent(order=2)
+    drive(growers, engine, Scorer(engine))
+    assert all(grower.done for grower in growers)
+
+    grower = TreeGrower([9], replace(growth, tree_initial_rollouts=4), Splitter(), clock="arrival")
+    grower.next_requests()
+    finish(grower, 3, [4, 1, 1, 1, 1, 1])  # one of four has arrived, the longest: three may still run
+    assert [request.prefix_ids for request in grower.next_requests()] == [[9, 4]] * 4
+
+
 def test_no_trees_need_no_engine():
     drive([], None, None)
 

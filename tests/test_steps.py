@@ -193,3 +193,16 @@ def test_token_texts_agree_with_the_tokenizer(family, text):
     token_ids = tokenizer.encode(text, add_special_tokens=False)
     text = b"".join(splitter.text(token_id) for token_id in token_ids).decode(errors="replace")
     assert text == tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+@settings(max_examples=300, deadline=None, database=None)
+@given(data=st.data(), delimiter=st.sampled_from([*DELIMITERS, "x", "a\nb"]))
+def test_plain_tokens_are_skipped_without_a_difference(family, data, delimiter):
+    """Any tokens, read twice, so that all of them are known the second time: the cut of reading every token."""
+    splitter = StepSplitter(TOKENIZERS[family], delimiter)
+    ids = TOKENIZERS[family](data.draw(TEXTS), add_special_tokens=False)["input_ids"]
+    ids += data.draw(st.lists(st.integers(0, len(TOKENIZERS[family]) - 1), max_size=30))
+    expected = step_ends([splitter.text(token_id) for token_id in ids], delimiter.encode())
+    fresh = StepSplitter(TOKENIZERS[family], delimiter)
+    assert splitter.ends(ids) == fresh.ends(ids) == fresh.ends(ids) == expected

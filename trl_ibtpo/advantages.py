@@ -100,5 +100,5 @@ def token_advantages(
 
 def per_token(tree: RolloutTree, leaf: int, values_S: np.ndarray) -> np.ndarray:
     """Spread one value per step of trajectory `leaf` over its tokens; `(S,)` to `(T,)`."""
-    lengths = [len(tree.steps[step].token_ids) for step in tree.path(tree.leaves[leaf])]
-    return np.repeat(values_S, lengths)
+    ends_S = tree.ends()[tree.path(tree.leaves[leaf])]
+    return np.repeat(values_S, np.diff(ends_S, prepend=0))

@@ -46,8 +46,13 @@ def select_steps(
         count: the paper's K.
         deferred: boolean, `(N,)`: steps taken only after all others.
     """
-    candidates = np.flatnonzero(eligible)
-    if deferred is None:
-        deferred = np.zeros(len(priority), dtype=bool)
-    ranked = candidates[np.lexsort((-priority[candidates], deferred[candidates]))]
-    return [int(ranked[index % len(ranked)]) for index in range(count)]
+    ranked: list[int] = []
+    for allowed in (eligible,) if deferred is None else (eligible & ~deferred, eligible & deferred):
+        steps = np.flatnonzero(allowed)
+        values = priority[steps]
+        if len(ranked) + 1 == count and len(steps):
+            best = values.argmax()  # the first of equal ones, or of those without a score
+            if not np.isnan(values[best]):  # as with the paper's K = 1: nothing needs to be sorted
+                return [*ranked, int(steps[best])]
+        ranked += steps[np.argsort(-values, kind="stable")][: count - len(ranked)].tolist()
+    return [ranked[index % len(ranked)] for index in range(count)]

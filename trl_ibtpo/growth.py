@@ -353,10 +353,10 @@ def drive(
             rewarded = scorer.collect(wait=not in_flight)
             if not (requests or finished or rewarded or in_flight):
                 raise RuntimeError("Trees wait for rewards, but the scorer has none pending.")
+            ready = asked_after.pop(polls, set())
             for tree, leaf, reward in rewarded:
                 growers[tree].add_reward(leaf, reward)
-
-            ready = asked_after.pop(polls, set()).union(tree for tree, _, _ in rewarded)
+                ready.add(tree)
     except BaseException:
         try:
             engine.abort()

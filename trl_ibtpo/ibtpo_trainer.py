@@ -222,7 +222,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
 
     def _rewrite_logged_advantages(self, per_token: np.ndarray) -> None:
         """The completions table shows one number per trajectory: the mean over its tokens."""
-        lengths = [grown.tree.steps[leaf].end for grown in self._grown for leaf in grown.tree.leaves]
+        lengths = np.concatenate([grown.tree.ends()[grown.tree.leaves] for grown in self._grown])
         means = gather_object([float(row[:length].mean()) for row, length in zip(per_token, lengths, strict=True)])
         for _ in means:
             self._logs["advantages"].pop()

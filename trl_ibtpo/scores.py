@@ -16,6 +16,7 @@ for any reward (`tree.RolloutTree.add_reward`).
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -23,22 +24,6 @@ import numpy as np
 from .tree import RolloutTree
 
 StepConfidence = Literal["geometric_mean", "joint"]
-
-
-@dataclass(frozen=True)
-class TreeScores:
-    """Scores of all steps of one tree; every array is `(N,)` with the root at 0 and NaN where undefined."""
-
-    parents: np.ndarray  # -1 at the root
-    children: np.ndarray  # how many
-    rewarded_children: np.ndarray  # how many have a leaf under them whose success is known
-    density: np.ndarray  # p(s): NaN where no success under the step is known
-    gain_ratio: np.ndarray  # rho(s): NaN at the root and where the density is NaN
-    eta1: np.ndarray  # rho - (1 + 1/beta)
-    confidence: np.ndarray  # eta2, in (0, 1]; NaN at the root
-    ib_score: np.ndarray  # NaN at steps without children
-    mean_confidence: np.ndarray  # mean eta2 over all children; NaN at steps without children
-    covariance: np.ndarray  # NaN at steps without children
 
 
 def step_confidence(tree: RolloutTree, kind: StepConfidence = "geometric_mean") -> np.ndarray:
@@ -55,10 +40,83 @@ def step_confidence(tree: RolloutTree, kind: StepConfidence = "geometric_mean") 
 def gain_ratio(density: np.ndarray, parents: np.ndarray) -> np.ndarray:
     """`rho(c) = p(c) / p(parent)`, `(N,)`; 1 where the parent's density is 0, NaN at the root."""
     parent_density = density[parents]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        rho = np.where(parent_density == 0, np.where(np.isnan(density), np.nan, 1.0), density / parent_density)
+    rho = np.where(np.isnan(density), np.nan, 1.0)
+    np.divide(density, parent_density, out=rho, where=parent_density != 0)
     rho[0] = np.nan
     return rho
+
+
+@dataclass(frozen=True)
+class TreeScores:
+    """Scores of all steps of one tree; every array is `(N,)` with the root at 0 and NaN where undefined."""
+
+    beta: float
+    parents: np.ndarray  # -1 at the root
+    children: np.ndarray  # how many
+    density: np.ndarray  # p(s): NaN where no success under the step is known
+    confidence: np.ndarray  # eta2, in (0, 1]; NaN at the root
+
+    @cached_property
+    def gain_ratio(self) -> np.ndarray:
+        """`rho(s)`: NaN at the root and where the density is NaN."""
+        return gain_ratio(self.density, self.parents)
+
+    @cached_property
+    def eta1(self) -> np.ndarray:
+        """`rho - (1 + 1/beta)`."""
+        return self.gain_ratio - (1 + 1 / self.beta)
+
+    @cached_property
+    def rewarded_children(self) -> np.ndarray:
+        """How many children have a leaf under them whose success is known."""
+        return self._child_sum(~np.isnan(self.density))
+
+    @cached_property
+    def ib_score(self) -> np.ndarray:
+        """`(1 + beta) / n_children * sum_c eta1(c) eta2(c)`; NaN at steps without children."""
+        return (1 + self.beta) * self._mean_product
+
+    @cached_property
+    def _mean_product(self) -> np.ndarray:
+        return self._child_mean(self._eta1_counted * self.confidence)
+
+    @cached_property
+    def mean_confidence(self) -> np.ndarray:
+        """Mean `eta2` over all children; NaN at steps without children."""
+        return _divide(self._child_sum(self.confidence), self.children)
+
+    @cached_property
+    def covariance(self) -> np.ndarray:
+        """`Cov_c(eta1, eta2)`; NaN at steps without children."""
+        eta1, eta2 = self._eta1_counted, self.confidence
+        return self._mean_product - self._child_mean(eta1) * self._child_mean(eta2)
+
+    @cached_property
+    def _eta1_counted(self) -> np.ndarray:
+        """`eta1` with `rho := 1` where no child's success is known."""
+        return np.where(np.isnan(self.eta1), -1 / self.beta, self.eta1)
+
+    @cached_property
+    def _counted(self) -> np.ndarray:
+        """Whether a step counts among the children of its parent."""
+        return ~np.isnan(self.density) | (self.rewarded_children == 0)[self.parents]
+
+    def _child_sum(self, values_N: np.ndarray) -> np.ndarray:
+        return np.bincount(self.parents[1:], values_N[1:], len(self.parents))
+
+    @cached_property
+    def _count(self) -> np.ndarray:
+        """How many children count."""
+        return np.where(self.rewarded_children > 0, self.rewarded_children, self.children)
+
+    def _child_mean(self, values_N: np.ndarray) -> np.ndarray:
+        """Mean over the children that count."""
+        return _divide(self._child_sum(np.where(self._counted, values_N, 0.0)), self._count)
+
+
+def _divide(total_N: np.ndarray, count_N: np.ndarray) -> np.ndarray:
+    """NaN where there is nothing to divide by."""
+    return np.divide(total_N, count_N, out=np.full(len(total_N), np.nan), where=count_N > 0)
 
 
 def score_tree(tree: RolloutTree, *, beta: float, confidence_kind: StepConfidence = "geometric_mean") -> TreeScores:
@@ -69,37 +127,10 @@ def score_tree(tree: RolloutTree, *, beta: float, confidence_kind: StepConfidenc
         beta: the paper's beta, weight of the information about the answer.
         confidence_kind: `pi(s)`, see `step_confidence`.
     """
-    parents = tree.parents()
-    density = tree.density()
-    rho = gain_ratio(density, parents)
-    eta1 = rho - (1 + 1 / beta)
-    eta2 = step_confidence(tree, confidence_kind)
-
-    def child_sum(weights_N: np.ndarray) -> np.ndarray:
-        return np.bincount(parents[1:], weights_N[1:], len(parents))
-
-    known = ~np.isnan(eta1)
-    known[0] = False
-    children = np.bincount(parents[1:], minlength=len(parents))
-    rewarded = child_sum(known)
-    # Where no success under any child is known, every child counts, with rho := 1.
-    counted = known | (rewarded == 0)[parents]
-    counted[0] = False
-    eta1_counted, eta2_counted = np.where(known, eta1, -1 / beta) * counted, np.where(counted, eta2, 0.0)
-    with np.errstate(invalid="ignore"):  # 0/0 at steps without children
-        count = child_sum(counted)
-        mean_product = child_sum(eta1_counted * eta2_counted) / count
-        mean_eta1, mean_eta2 = child_sum(eta1_counted) / count, child_sum(eta2_counted) / count
-        mean_confidence = child_sum(eta2) / children
     return TreeScores(
-        parents=parents,
-        children=children,
-        rewarded_children=rewarded,
-        density=density,
-        gain_ratio=rho,
-        eta1=eta1,
-        confidence=eta2,
-        ib_score=(1 + beta) * mean_product,
-        mean_confidence=mean_confidence,
-        covariance=mean_product - mean_eta1 * mean_eta2,
+        beta=beta,
+        parents=tree.parents(),
+        children=tree.child_counts(),
+        density=tree.density(),
+        confidence=step_confidence(tree, confidence_kind),
     )

@@ -70,16 +70,34 @@ class StepSplitter:
         self._special_ids = frozenset(tokenizer.all_special_ids) | added
         self._byte_level = _is_byte_level(tokenizer)
         self._texts: dict[int, bytes] = {}
+        self._plain: set[int] = set()  # tokens that say something and hold no byte of the delimiter
+        self._plain_text = next(bytes([byte]) for byte in range(0x21, 0x7F) if byte not in self.delimiter)
 
     def ends(self, token_ids: Sequence[int]) -> list[int]:
         """Exclusive end positions of the steps of `token_ids` (see `step_ends`)."""
-        return step_ends([self.text(token_id) for token_id in token_ids], self.delimiter)
+        # A run of plain tokens, which is most of a text, neither ends a step nor is part of a delimiter: whatever it
+        # says, it may stand for one plain token.
+        texts, positions, read = [], [], 0
+        plain = self._plain
+        for position in [place for place, token_id in enumerate(token_ids) if token_id not in plain]:
+            if position > read:
+                texts.append(self._plain_text)
+                positions.append(position)
+            texts.append(self.text(token_ids[position]))
+            positions.append(position + 1)
+            read = position + 1
+        if len(token_ids) > read:
+            texts.append(self._plain_text)
+            positions.append(len(token_ids))
+        return [positions[end - 1] for end in step_ends(texts, self.delimiter)]
 
     def text(self, token_id: int) -> bytes:
         """UTF-8 bytes that `token_id` adds to a text; `b""` for special tokens."""
         text = self._texts.get(token_id)
         if text is None:
             text = self._texts[token_id] = self._look_up(token_id)
+            if text.strip() and not set(text) & set(self.delimiter):
+                self._plain.add(token_id)
         return text
 
     def _look_up(self, token_id: int) -> bytes:

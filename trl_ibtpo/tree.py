@@ -10,15 +10,16 @@ rollouts, `_T` tokens of a trajectory.
 """
 
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
 from math import isnan, nan
+from typing import NamedTuple
 
 import numpy as np
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """One node: a piece of a completion, and the position in the tree where it hangs."""
 
@@ -26,11 +27,22 @@ class Step:
     token_ids: list[int]
     logprobs: list[float]  # log pi_old of each token when it was sampled
     end: int  # completion tokens from the question to the end of this step
-    children: list[int] = field(default_factory=list)
+    children: list[int]
+
+
+class _Piece(NamedTuple):
+    """Steps that were hung on together. Tuples of numbers are nothing to the garbage collector, unlike lists."""
+
+    after: int  # step that they continue
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
 
 
 class RolloutTree:
     """All rollouts of one question, sharing the prefixes they branched from.
+
+    Kept as columns of numbers and as pieces, not as an object a step, and with sums per step, so that neither growth
+    nor scores go through tokens and leaves twice.
 
     Args:
         prompt_ids: token ids of the question.
@@ -38,17 +50,38 @@ class RolloutTree:
 
     def __init__(self, prompt_ids: Sequence[int]):
         self.prompt_ids = list(prompt_ids)
-        self.steps: list[Step] = [Step(parent=-1, token_ids=[], logprobs=[], end=0)]
         self.leaves: list[int] = []  # step index of each rollout's last step so far
         self.branch_steps: list[int] = []  # step index each rollout was opened after
         self.rounds: list[int] = []  # round that each rollout belongs to, 0 for the initial ones
         self.rewards: list[float] = []  # of each leaf, from the function that names success; NaN where unknown
         self.success: list[float] = []  # the same in [0, 1], see `add_reward`
         self._range = (0.0, 1.0)  # rewards that are success 0 and 1
-        # Sums per step, so that scoring a tree does not go through its tokens and leaves again.
-        self._parents = array("q", [-1])
+        self._pieces: list[_Piece] = []
+        # Of each step; the root's come first.
+        self._parents, self._ends, self._piece_of = array("q", [-1]), array("q", [0]), array("q", [-1])
+        self._child_counts = array("q", [0])
         self._logprob_sums, self._logprob_counts = array("d", [0.0]), array("d", [0.0])
         self._success_sums, self._success_counts = array("d", [0.0]), array("d", [0.0])
+        self._steps: list[Step] | None = None
+
+    def __len__(self) -> int:
+        """Number of steps, the root included."""
+        return len(self._parents)
+
+    @property
+    def steps(self) -> list[Step]:
+        """All steps as objects, for those who look at a tree that is done: made when first asked for."""
+        if self._steps is None:
+            children = [[] for _ in range(len(self))]
+            for step in range(1, len(self)):
+                children[self._parents[step]].append(step)
+            self._steps = [Step(-1, [], [], 0, children[0])]
+            for step in range(1, len(self)):
+                parent, end, piece = self._parents[step], self._ends[step], self._pieces[self._piece_of[step]]
+                own = slice(self._ends[parent] - self._ends[piece.after], end - self._ends[piece.after])
+                ids, logprobs = list(piece.token_ids[own]), list(piece.logprobs[own])
+                self._steps.append(Step(parent, ids, logprobs, end, children[step]))
+        return self._steps
 
     def open(self, after: int, round: int = 0) -> int:
         """Start a rollout, still without tokens, that continues the prefix of step `after`; returns its leaf index."""
@@ -73,24 +106,25 @@ class RolloutTree:
                 f"A rollout needs at least one token, one log-probability a token and steps that cover it; got "
                 f"{len(token_ids)} tokens, {len(logprobs)} log-probabilities and step ends {list(step_ends)}."
             )
-        steps, parent, start = self.steps, self.leaves[leaf], 0
-        before = steps[parent].end
-        for end in step_ends:
-            own = list(logprobs[start:end])
-            steps[parent].children.append(len(steps))
-            steps.append(Step(parent, list(token_ids[start:end]), own, before + end))
-            self._parents.append(parent)
-            total, count = sum(own), end - start
+        after, first, count = self.leaves[leaf], len(self), len(step_ends)
+        before = self._ends[after]
+        self._parents.extend([after, *range(first, first + count - 1)])
+        self._ends.extend([before + end for end in step_ends])
+        self._piece_of.extend([len(self._pieces)] * count)
+        self._pieces.append(_Piece(after, tuple(token_ids), tuple(logprobs)))
+        self._child_counts[after] += 1
+        self._child_counts.extend([1] * (count - 1) + [0])
+        for start, end in pairwise([0, *step_ends]):
+            total, known = sum(logprobs[start:end]), end - start
             if isnan(total):
-                known = [logprob for logprob in own if not isnan(logprob)]
-                total, count = sum(known), len(known)
+                numbers = [logprob for logprob in logprobs[start:end] if not isnan(logprob)]
+                total, known = sum(numbers), len(numbers)
             self._logprob_sums.append(total)
-            self._logprob_counts.append(count)
-            parent, start = len(steps) - 1, end
-        new = [0.0] * len(step_ends)
-        self._success_sums.extend(new)
-        self._success_counts.extend(new)
-        self.leaves[leaf] = parent
+            self._logprob_counts.append(known)
+        self._success_sums.extend([0.0] * count)
+        self._success_counts.extend([0.0] * count)
+        self.leaves[leaf] = first + count - 1
+        self._steps = None
 
     def add_reward(self, leaf: int, reward: float) -> None:
         """What the reward function that names success gave to a whole trajectory; NaN where it gave nothing.
@@ -108,8 +142,8 @@ class RolloutTree:
         known = [other for other in self.rewards if not isnan(other)]
         if self._range != (min(known), max(known)):
             self._range = (min(known), max(known))
-            self._success_sums = array("d", [0.0]) * len(self.steps)
-            self._success_counts = array("d", [0.0]) * len(self.steps)
+            self._success_sums = array("d", [0.0]) * len(self)
+            self._success_counts = array("d", [0.0]) * len(self)
             rescaled = [index for index, other in enumerate(self.rewards) if not isnan(other)]
         else:
             rescaled = [leaf]
@@ -135,21 +169,31 @@ class RolloutTree:
 
     def prefix(self, step: int) -> list[int]:
         """Completion token ids from the question to the end of `step`."""
-        return self._joined(self.steps[index].token_ids for index in self.path(step))
+        return self._joined(step, "token_ids")
 
     def trajectory(self, leaf: int) -> tuple[list[int], list[float]]:
         """Completion token ids and sampling log-probabilities of trajectory `leaf`; both `(T,)`."""
-        path = self.path(self.leaves[leaf])
-        token_ids = self._joined(self.steps[index].token_ids for index in path)
-        return token_ids, self._joined(self.steps[index].logprobs for index in path)
+        return self._joined(self.leaves[leaf], "token_ids"), self._joined(self.leaves[leaf], "logprobs")
 
-    @staticmethod
-    def _joined(lists: Iterator[list]) -> list:
-        return list(chain.from_iterable(lists))
+    def _joined(self, step: int, what: str) -> list:
+        parts = []
+        while step > 0:
+            piece = self._pieces[self._piece_of[step]]
+            parts.append(getattr(piece, what)[: self._ends[step] - self._ends[piece.after]])
+            step = piece.after
+        return list(chain.from_iterable(reversed(parts)))
 
     def parents(self) -> np.ndarray:
         """Parent index of every step, `(N,)`; -1 for the root."""
         return np.array(self._parents)
+
+    def ends(self) -> np.ndarray:
+        """Completion tokens from the question to the end of every step, `(N,)`."""
+        return np.array(self._ends)
+
+    def child_counts(self) -> np.ndarray:
+        """Number of children of every step, `(N,)`."""
+        return np.array(self._child_counts)
 
     def density(self) -> np.ndarray:
         """`p(s)`: mean success of the leaves under every step, `(N,)`; NaN where none is known."""
@@ -173,14 +217,14 @@ class RolloutTree:
         known_L = ~np.isnan(values_L)
         totals = self._sum_over_leaves(np.where(known_L, values_L, 0.0))
         counts = self._sum_over_leaves(known_L.astype(np.float64))
-        return np.divide(totals, counts, out=np.full(len(self.steps), np.nan), where=counts > 0)
+        return np.divide(totals, counts, out=np.full(len(self), np.nan), where=counts > 0)
 
     def leaf_count(self) -> np.ndarray:
         """Number of leaves under every step, itself included; `(N,)`."""
         return self._sum_over_leaves(np.ones(len(self.leaves)))
 
     def _sum_over_leaves(self, values_L: np.ndarray) -> np.ndarray:
-        sums = np.zeros(len(self.steps))
+        sums = np.zeros(len(self))
         np.add.at(sums, self.leaves, values_L)
         sums = sums.tolist()
         for step in range(len(sums) - 1, 0, -1):
@@ -190,9 +234,9 @@ class RolloutTree:
     @property
     def generated_tokens(self) -> int:
         """Newly sampled tokens, every shared prefix counted once."""
-        return sum(len(step.token_ids) for step in self.steps)
+        return sum(len(piece.token_ids) for piece in self._pieces)
 
     @property
     def trajectory_tokens(self) -> int:
         """Tokens of all trajectories, a shared prefix counted once per trajectory."""
-        return sum(self.steps[leaf].end for leaf in self.leaves)
+        return sum(self._ends[leaf] for leaf in self.leaves)

@@ -42,7 +42,8 @@ class TreeMetrics:
         self._sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))  # sum, sum of squares, count
 
     def add_tree(self, grown: GrownTree, advantages: TokenAdvantages) -> None:
-        tree, scores, success = grown.tree, grown.scores, np.array(grown.tree.success)
+        tree, scores, ends = grown.tree, grown.scores, grown.tree.ends()
+        success = np.array(tree.success)
         known = success[~np.isnan(success)]
         self._add("tree/effective_rate", [len(known) > 0 and known.min() < known.max()])
         self._add("tree/average_success", known)
@@ -52,7 +53,7 @@ class TreeMetrics:
         branched = zip(tree.branch_steps, tree.leaves, tree.rounds, strict=True)
         self._add(
             "tree/branch_position",
-            [tree.steps[after].end / tree.steps[leaf].end for after, leaf, round in branched if round > 0],
+            [ends[after] / ends[leaf] for after, leaf, round in branched if round > 0],
         )
         self._add("ib/score", scores.ib_score[scores.children > 0])
         self._add("ib/covariance", scores.covariance[scores.children > 1])
