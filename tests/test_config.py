@@ -5,6 +5,7 @@ import sys
 
 import tiny
 from transformers import HfArgumentParser
+from trl import TrlParser
 
 from trl_ibtpo import IBTPOConfig, IBTPOTrainer
 
@@ -42,6 +43,16 @@ def test_command_line(tmp_path):
         f"--output_dir {tmp_path} --tree_levels 3 --branching random --ib_coef 0.5 --use_cpu --bf16 False".split()
     )
     assert (args.num_generations, args.branching, args.ib_coef) == (6, "random", 0.5)
+
+
+def test_a_range_from_the_command_line_or_a_file(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\nsuccess_range: [-1, 1.5]\n"
+    )
+    flags = f"--output_dir {tmp_path} --success_range -1.0 1.5 --use_cpu --bf16 False".split()
+    (by_flags,) = HfArgumentParser(IBTPOConfig).parse_args_into_dataclasses(flags)
+    (by_file,) = TrlParser(IBTPOConfig).parse_args_and_config(["--config", str(tmp_path / "run.yaml")])
+    assert by_flags.success_range == by_file.success_range == build(success_range=[-1, 1.5]).success_range == (-1, 1.5)
 
 
 def test_help_names_every_field():

@@ -10,6 +10,7 @@ from pathlib import Path
 import distributed_run
 import numpy as np
 import pytest
+import tiny
 import torch
 from accelerate import Accelerator
 from transformers import Qwen3ForCausalLM
@@ -137,3 +138,28 @@ def test_sharding_that_would_wait_for_ever_is_refused(config, backend_changes, f
     else:
         with pytest.raises(ValueError, match=message):
             checks.refuse_sharded_growth(backend, config(**field))
+
+
+@pytest.mark.parametrize(
+    "backend_changes, model, refused",
+    [
+        ({"zero_stage": 3}, True, True),
+        ({"zero_stage": 3}, False, False),
+        ({"zero_stage": 2}, True, False),
+        ({"fsdp_version": 2}, True, False),  # TRL leaves it whole
+        ({}, True, False),
+    ],
+)
+@pytest.mark.parametrize("use_vllm", [False, True])
+def test_a_sharded_reward_model_is_refused(config, backend_changes, model, refused, use_vllm):
+    backend = DistributedBackend(Accelerator(cpu=True))
+    for name, value in backend_changes.items():
+        setattr(backend, name, value)
+    rewards = [tiny.even_length, torch.nn.Linear(1, 1)] if model else [tiny.even_length]
+    if not refused:
+        checks.refuse_sharded_growth(backend, config(use_vllm=use_vllm), rewards)
+        return
+    with pytest.raises(
+        ValueError, match=r"`reward_funcs` holds a model, which ZeRO-3 shards: .* Use ZeRO-2, or serve"
+    ):
+        checks.refuse_sharded_growth(backend, config(use_vllm=use_vllm), rewards)

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import math
 import os
 import re
 import socket
@@ -41,12 +42,18 @@ def load_script(name: str):
 
 SMALL = {**tiny.FAST, "max_steps": 2, "max_completion_length": 24, "per_device_train_batch_size": 12}
 SMALL["gradient_accumulation_steps"] = 1
+THREE = {**SMALL, "max_steps": 3}
 # A recipe, made small enough for a CPU: its own batch sizes, precision and engine do not fit one.
 SMALL_RECIPE = {**SMALL, "dataset_config": "default", "use_vllm": False, "log_completions": False}
 
 
 def run(script: Path, folder: Path, **fields) -> list[dict]:
     """Run a script with its fields as flags; return what it logged each step."""
+    return run_and_read(script, folder, **fields)[0]
+
+
+def run_and_read(script: Path, folder: Path, **fields) -> tuple[list[dict], str]:
+    """The same, and what it wrote to standard error."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -63,7 +70,8 @@ def run(script: Path, folder: Path, **fields) -> list[dict]:
         check=False,
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    return [ast.literal_eval(line) for line in result.stdout.splitlines() if line.startswith("{'loss'")]
+    log = [ast.literal_eval(line) for line in result.stdout.splitlines() if line.startswith("{'loss'")]
+    return log, result.stderr
 
 
 def check_trees(log: list[dict], steps: int) -> None:
@@ -118,7 +126,20 @@ def test_reasoning_gym(tmp_path, model_path):
     assert changed(tmp_path, model_path)
 
 
-def test_trl_grpo_script_with_two_names_replaced(tmp_path, model_path):
+SHAPED = """
+def shaped(completions, **kwargs):
+    return [-1 + 1.25 * (len(completion[0]["content"]) % 3) for completion in completions]
+"""
+
+TRL_REWARDS = {
+    "right or wrong": ({"reward_funcs": "accuracy_reward"}, None),
+    "from -1 to 1.5": ({"reward_funcs": "my_rewards.shaped"}, "'shaped' returned"),
+    "reward model": ({"reward_model_name_or_path": "judge"}, "'judge' returned"),
+}
+
+
+@pytest.mark.parametrize("rewards, said", TRL_REWARDS.values(), ids=TRL_REWARDS)
+def test_trl_grpo_script_with_two_names_replaced(tmp_path, model_path, rewards, said):
     """Must train, and nothing but `GRPOTrainer` and `GRPOConfig` is replaced."""
     original = (Path(trl.__file__).parent / "scripts" / "grpo.py").read_text()
     script = original
@@ -138,16 +159,20 @@ def test_trl_grpo_script_with_two_names_replaced(tmp_path, model_path):
     data.mkdir()
     rows = [{"prompt": [{"role": "user", "content": f"What is {n} + 4?"}], "solution": str(n + 4)} for n in range(20)]
     (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    log = run(
-        path,
-        tmp_path,
-        model_name_or_path=model_path,
-        dataset_name=data,
-        reward_funcs="accuracy_reward",
-        **{**SMALL, "max_steps": 3},
-    )
+    (tmp_path / "my_rewards.py").write_text(SHAPED)
+    tokenizer = tiny.byte_level_tokenizer()
+    tiny.tiny_reward_model(tokenizer).save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    log, messages = run_and_read(path, tmp_path, model_name_or_path=model_path, dataset_name=data, **rewards, **THREE)
     check_trees(log, steps=3)
     assert changed(tmp_path, model_path)
+    warnings = [line for line in messages.splitlines() if "outside [0, 1]" in line]
+    if said is None:
+        assert warnings == []
+    else:  # for three generation batches
+        assert len(warnings) == 1 and said in warnings[0] and "`success_range=(" in warnings[0]
+        assert any(float(entry["tree/effective_rate"]) > 0 for entry in log)
+        assert all(math.isfinite(float(entry["ib/covariance"])) for entry in log)
 
 
 # ----- adapters ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -532,27 +533,22 @@ def test_independent_rollouts_are_submitted_at_once():
         assert grower.tree.generated_tokens == grower.tree.trajectory_tokens
 
 
-class TokenByToken(Engine):
-    """As vLLM: every poll gives each request in flight one token. Counts how often it is asked how far one is."""
+class FourSeats(Engine):
+    """As vLLM: every poll gives requests one token, but no more than four at a time. Counts how often it is asked."""
 
     def __init__(self):
-        super().__init__()
-        self.polls, self.questions, self.submitted = 0, 0, {}
-
-    def submit(self, requests):
-        super().submit(requests)
-        self.submitted |= {request.request_id: self.polls for request in requests}
-
-    def poll(self):
-        self.polls += 1
-        return super().poll()
+        super().__init__(sample=long_rollouts)
+        self.polls, self.questions, self.tokens = 0, 0, Counter()
 
     def choose(self):
-        return [key for key in self.in_flight if self.polls - self.submitted[key] >= len(self._sampled(key)[0])]
+        self.polls += 1
+        running = list(self.in_flight)[:4]
+        self.tokens.update(running)
+        return [key for key in running if self.tokens[key] == len(self._sampled(key)[0])]
 
     def generated(self, request_id):
         self.questions += 1
-        self.said[request_id] = self.polls - self.submitted[request_id] if request_id in self.in_flight else 0
+        self.said[request_id] = self.tokens[request_id] if request_id in self.in_flight else 0
         return self.said[request_id]
 
 
@@ -564,11 +560,9 @@ def long_rollouts(prefix_ids, max_tokens, seed):
 def test_a_tree_that_waits_is_asked_again_when_its_rollouts_can_have_got_there():
     growth = GrowthSettings(max_completion_length=1000, branch_lookahead=3)
     growers = [TreeGrower(prompt, growth, Splitter(), (i,)) for i, prompt in enumerate(PROMPTS)]
-    engine = TokenByToken()
-    engine._sample = long_rollouts
+    engine = FourSeats()
     drive(growers, engine, Scorer(engine))
-    # Every decision asks after a few rollouts, a poll does not.
-    assert engine.polls > 1000 and engine.questions < engine.polls / 2
+    assert engine.polls > 4000 and engine.questions < engine.polls / 4
     again = [TreeGrower(prompt, growth, Splitter(), (i,)) for i, prompt in enumerate(PROMPTS)]
     other = Engine(order=5, sample=long_rollouts)
     drive(again, other, Scorer(other))

@@ -16,6 +16,7 @@ from trl_ibtpo.growth import GrownTree, GrowthSettings
 from trl_ibtpo.scores import score_tree
 from trl_ibtpo.training.model_card import as_text, complete_card, tree_to_show
 from trl_ibtpo.tree import RolloutTree
+from trl_ibtpo.viewing.drawing import draw_learning_curve
 
 BARE_CARD = """\
 ---
@@ -62,6 +63,25 @@ def test_pictures_only_of_what_there_is(tmp_path):
     card = make_card(tmp_path, shown_tree(), logs=[{"step": 1, "tree/effective_rate": 0.5}])
     assert card.count("![") == 2 and "training step 7" in card
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"training_curves.png", "tree.png"}
+
+
+def test_a_window_without_a_value_has_no_point(tmp_path):
+    """TRL logs None for it."""
+    logs = [{"step": step, "tree/average_success": value} for step, value in ((1, None), (2, 0.5), (3, math.nan))]
+    make_card(tmp_path, logs=logs)
+    assert (tmp_path / "figures" / "training_curves.png").exists()
+    figure = draw_learning_curve(logs)
+    assert figure.axes[0].collections[0].get_offsets().tolist() == [[2.0, 0.5]]
+    other = tmp_path / "other"
+    other.mkdir()
+    assert "![" not in make_card(other, logs=logs[:1])
+
+
+def test_a_curve_of_any_reward_is_in_the_picture():
+    low, high = draw_learning_curve([{"step": 1, "reward": -3.0}, {"step": 2, "reward": 2.0}]).axes[0].get_ylim()
+    assert low < -3 and 2 < high < 3
+    rates = draw_learning_curve([{"step": 1, "reward": 0.25}]).axes[0].get_ylim()
+    assert rates == pytest.approx((-0.03, 1.03))  # as ever
 
 
 def test_a_second_card_replaces_the_first(tmp_path):
@@ -131,3 +151,30 @@ def test_trainer_keeps_one_tree(config, model_path):
     shown, step = trainer._shown_tree
     assert isinstance(shown, GrownTree) and step == 2
     assert len(shown.tree.leaves) == len(shown.tree.success) == 12
+
+
+def no_opinion_at_first(completions, trainer_state, **kwargs) -> list[float | None]:
+    return [None if trainer_state.global_step == 0 else 1.0] * len(completions)
+
+
+def test_a_window_without_a_known_reward_is_saved(config, model_path, tmp_path):
+    args = config(max_steps=2, save_strategy="steps", save_steps=1)
+    trainer = IBTPOTrainer(model_path, no_opinion_at_first, args, tiny.questions())
+    trainer.train()
+    assert [entry["tree/average_success"] for entry in trainer.state.log_history[:2]] == [None, 1.0]
+    for step in (1, 2):
+        assert (tmp_path / "out" / f"checkpoint-{step}" / "model.safetensors").exists()
+    assert (tmp_path / "out" / "figures" / "training_curves.png").exists()
+
+
+def test_a_card_that_cannot_be_written_stops_no_checkpoint(config, model_path, tmp_path, monkeypatch, caplog):
+    def fails(*args, **kwargs):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("trl_ibtpo.training.model_card.draw_tree", fails)
+    args = config(max_steps=1, save_strategy="steps", save_steps=1)
+    IBTPOTrainer(model_path, tiny.even_length, args, tiny.questions()).train()
+    assert (tmp_path / "out" / "checkpoint-1" / "model.safetensors").exists()
+    assert (tmp_path / "out" / "README.md").exists()  # TRL's
+    (message,) = {record.getMessage() for record in caplog.records if "model card" in record.getMessage()}
+    assert "has no section about trees: writing it raised RuntimeError: no font" in message

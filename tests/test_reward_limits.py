@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from test_rewards import GROUP, Gate, by_completion, leaf, make_scorer, wait_for_calls
 from transformers import (
     AutoModelForCausalLM,
@@ -21,6 +22,7 @@ from transformers import (
 from trl.rewards import accuracy_reward
 
 from trl_ibtpo import IBTPOTrainer
+from trl_ibtpo.training import generation
 from trl_ibtpo.training.rewards import RewardFunctionError
 from trl_ibtpo.training.time_limit import TimeLimitExceeded, call_within
 
@@ -307,6 +309,132 @@ def test_training_with_a_reward_model(config, model_path, reward_model_path, as_
     entry = trainer.state.log_history[0]
     assert entry["rewards/judge/mean"] == pytest.approx(np.mean(logged["rewards"]["judge"]), abs=1e-5)
     assert "rewards/even_length/timeouts" in entry and "rewards/judge/timeouts" not in entry
+
+
+# ----- rewards of any range ------------------------------------------------------------------------------------------
+
+
+def shaped(completions, **kwargs) -> list[float]:
+    """-1, 0.25 or 1.5, by the length of the completion."""
+    return [-1 + 1.25 * (len(tiny.text_of(completion)) % 3) for completion in completions]
+
+
+def in_order(completions, **kwargs) -> list[float]:
+    return [-1.0, 0.25, 1.5][: len(completions)]
+
+
+@pytest.mark.parametrize(
+    "success_range, success",
+    [(None, [0.0, 0.5, 1.0]), ([-1.0, 1.5], [0.0, 0.5, 1.0]), ((-2, 2), [0.25, 0.5625, 0.875])],
+)
+def test_success_by_hand(config, model_path, success_range, success):
+    """Three one-step completions; `rho` is success over the mean success, the paper's beta is 5."""
+    args = config(tree_initial_rollouts=3, tree_levels=1, step_delimiter="#####", success_range=success_range)
+    trainer = IBTPOTrainer(model_path, in_order, args, tiny.questions())
+    (grown,) = trainer.grow_trees([tiny.questions()[0]])
+    assert grown.tree.success == success
+    eta1 = [value / np.mean(success) - 1.2 for value in success]
+    np.testing.assert_allclose(grown.scores.eta1[grown.tree.leaves], eta1)
+    trainer.train()
+    for entry in trainer.state.log_history[:3]:
+        assert entry["reward"] == entry["rewards/in_order/mean"] == 0.25
+        assert entry["tree/average_success"] == pytest.approx(np.mean(success))
+
+
+def scaling_warnings(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "outside [0, 1]" in record.getMessage()]
+
+
+def test_training_with_a_shaped_reward(config, model_path, caplog):
+    trainer = train(model_path, [tiny.has_letter, shaped], config(success_reward="shaped", branch_lookahead=3))
+    entries = trainer.state.log_history[:3]
+    assert any(entry["tree/effective_rate"] > 0 for entry in entries)
+    assert all(math.isfinite(entry["ib/covariance"]) for entry in entries)
+    assert all(0 <= entry["tree/average_success"] <= 1 for entry in entries)
+    (message,) = scaling_warnings(caplog)  # of three generation batches
+    assert "The reward function 'shaped' returned" in message and "`success_range=(-1.0, 1.5)`" in message
+
+
+@pytest.mark.parametrize("fields", [{"branching": name} for name in ("ib", "confidence", "random")], ids=str)
+def test_a_range_that_maps_to_the_same_success_grows_the_same_trees(config, model_path, fields):
+    def stretched(completions, **kwargs):
+        return [2.5 * value - 1 for value in tiny.even_length(completions)]
+
+    trees = {}
+    for reward, success_range in ((tiny.even_length, None), (stretched, (-1.0, 1.5))):
+        args = config(success_range=success_range, reproducible_rollouts=True, **fields)
+        (grown,) = IBTPOTrainer(model_path, reward, args, tiny.questions()).grow_trees([tiny.questions()[0]])
+        trees[reward.__name__] = [grown.tree.trajectory(leaf) for leaf in range(12)], grown.tree.success
+    assert trees["even_length"] == trees["stretched"]
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"branching": "ib", "ib_coef": 0.0}, True),
+        ({"branching": "random"}, True),
+        ({"branching": "random", "ib_coef": 0.0}, False),
+        ({"branching": "confidence", "advantage": "grpo"}, False),
+        ({"branching": "independent", "ib_coef": 0.0}, False),
+        ({"success_range": (-1.0, 1.5)}, False),
+        ({"success_reward": "even_length"}, False),
+    ],
+    ids=str,
+)
+def test_the_range_is_spoken_of_where_it_matters(config, model_path, caplog, fields, said):
+    train(model_path, [shaped, tiny.even_length], config(max_steps=1, **fields))
+    assert len(scaling_warnings(caplog)) == said
+
+
+def test_the_start_line_names_the_range(config, model_path, capsys):
+    args = config(max_steps=1, success_range=(-1.0, 1.5))
+    train(model_path, shaped, args)
+    assert "success from 'shaped' between -1.0 and 1.5 (`success_range`);" in capsys.readouterr().out
+
+
+def test_training_with_a_reward_model_alone(config, model_path, reward_model_path, caplog):
+    """Its logits may be anything; trees branch and learn by them all the same."""
+    trainer = train(model_path, reward_model_path, config())
+    entries = trainer.state.log_history[:3]
+    assert all(entry["tree/effective_rate"] == 1.0 for entry in entries)  # no two logits are the same
+    assert all(math.isfinite(entry["ib/covariance"]) for entry in entries)
+    logits = trainer._logs["rewards"]["judge"]
+    assert min(logits) < 0 and len(scaling_warnings(caplog)) == 1
+
+
+# ----- what reward functions may do, and what datasets may hold ------------------------------------------------------
+
+
+def shout(completions, **kwargs) -> list[float]:
+    for completion in completions:
+        completion[0]["content"] = completion[0]["content"].upper() + "!"
+    return [1.0] * len(completions)
+
+
+def sees_the_shout(completions, **kwargs) -> list[float]:
+    return [float(completion[0]["content"].endswith("!")) for completion in completions]
+
+
+@pytest.mark.parametrize("fields", [{}, {"reward_timeout": LONG}], ids=str)
+def test_reward_functions_may_edit_completions(config, model_path, fields):
+    """As in TRL: the next function sees the edit, and so does the table; what is trained on is what was sampled."""
+    data = tiny.questions(8, conversational=True)
+    args = config(max_steps=1, eval_strategy="steps", eval_steps=1, num_generations_eval=2, **fields)
+    trainer = train(model_path, [shout, sees_the_shout], args, data, eval_dataset=data.select(range(1)))
+    training, evaluation = trainer.state.log_history[:2]
+    assert training["rewards/sees_the_shout/mean"] == evaluation["eval_rewards/sees_the_shout/mean"] == 1.0
+    assert all(tiny.text_of(completion).endswith("!") for completion in trainer._logs["completion"])
+
+
+def test_other_columns_do_not_make_a_text_a_conversation(config, model_path, monkeypatch):
+    """TRL's function looks at any one of a row's columns, by the hash of their names."""
+    asked, is_conversational = [], generation.is_conversational
+    monkeypatch.setattr(generation, "is_conversational", lambda row: asked.append([*row]) or is_conversational(row))
+    messages = [{"role": "user", "content": "What is 3 + 4?"}]
+    data = Dataset.from_list([{"prompt": "What is 3 + 4?", "messages": messages, "chosen": messages}] * 8)
+    trainer = train(model_path, tiny.even_length, config(max_steps=1), data)
+    assert asked and all(columns == ["prompt"] for columns in asked)
+    assert all(isinstance(completion, str) for completion in trainer._logs["completion"])
 
 
 def test_training_with_math_verify_under_a_limit(config, model_path):

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 
-from trl_ibtpo.training.rewards import RewardFunctionError, RewardScorer
+from trl_ibtpo.training.rewards import RewardFunctionError, RewardScorer, describe_scaling
 
 GROUP = 3
 INPUTS = [
@@ -157,7 +157,7 @@ def test_none_is_an_unknown_reward():
     assert scorer.rewards[:, 1].tolist() == [row / 8 for row in range(6)]
 
 
-def test_success_is_the_chosen_function_clipped_to_the_unit_interval():
+def test_rounding_beyond_the_unit_interval_is_none():
     def length(completions, **kwargs):
         return [-7.0] * len(completions)
 
@@ -166,7 +166,67 @@ def test_success_is_the_chosen_function_clipped_to_the_unit_interval():
 
     scorer = make_scorer(length, nearly, success_index=1)
     assert {success for _, _, success in score_all(scorer)} == {0.0, 1.0}
-    assert scorer.rewards[:, 0].tolist() == [-7.0] * 6  # only the success is bounded
+    assert scorer.rewards[:, 0].tolist() == [-7.0] * 6  # only success is clipped
+
+
+SHAPED = [-1.0, 0.25, 1.5]  # of the leaves 0, 1 and 2 of each tree
+
+
+def shaped(completions, **kwargs) -> list[float]:
+    return [SHAPED[ord(completion[1]) - 97] for completion in completions]
+
+
+async def shaped_later(completions, **kwargs) -> list[float]:
+    return shaped(completions)
+
+
+@pytest.mark.parametrize("func", [shaped, shaped_later])
+@pytest.mark.parametrize(
+    "success_range, expected",
+    [
+        (None, SHAPED),  # what the tree makes of it is its own affair
+        ((-1.0, 1.5), [0.0, 0.5, 1.0]),
+        ((-1, 4), [0.0, 0.25, 0.5]),
+        ((0.0, 0.5), [0.0, 0.5, 1.0]),  # clipped at both ends
+        ((2.0, 3.0), [0.0, 0.0, 0.0]),
+    ],
+)
+def test_any_range_of_rewards(func, success_range, expected, event_loop):
+    """By hand: (reward - low) / (high - low)."""
+    scorer = make_scorer(func, success_range=success_range, event_loop=event_loop)
+    scored = []
+    for batch in BATCHES:
+        scorer.submit(batch)
+    while len(scored) < 6:
+        scored += scorer.collect(wait=True)
+    assert sorted(scored) == [(tree, number, expected[number]) for tree in range(2) for number in range(3)]
+    assert scorer.rewards[:, 0].tolist() == SHAPED * 2  # advantages take the reward itself
+
+
+def test_an_unknown_reward_stays_unknown_in_a_range():
+    scorer = make_scorer(lambda completions, **kwargs: [None, -3.0], reward_names=["reward"], success_range=(-4, 0))
+    scorer.submit([leaf(0, 0), leaf(0, 1)])
+    (_, _, first), second = scorer.collect(wait=True)
+    assert math.isnan(first) and second == (0, 1, 0.25)
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ([0.2, math.nan, 1.5, -1.0], ["'shaped' returned 1.5, outside [0, 1]", "`success_range=(-1.0, 1.5)`"]),
+        ([-0.3, 0.7], ["returned -0.3, ", "`success_range=(-0.3, 0.7)`"]),
+        ([3.5, 3.5], ["returned 3.5, ", "`success_range=(0.0, 3.5)`"]),  # a range needs two numbers
+        ([-2.0], ["returned -2.0, ", "`success_range=(-2.0, 1.0)`"]),
+    ],
+)
+def test_what_is_said_of_other_ranges(values, words):
+    message = describe_scaling("shaped", np.float32(values).astype(float))
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("values", [[0.0, 1.0, math.nan], [1 + 1e-6, -1e-6], [math.nan], []])
+def test_nothing_is_said_of_rewards_in_the_unit_interval(values):
+    assert describe_scaling("shaped", np.float32(values).astype(float)) is None
 
 
 # ----- logging -------------------------------------------------------------------------------------------------------
@@ -421,20 +481,6 @@ def test_a_function_that_returns_something_else(returned, message):
 
     with pytest.raises(RewardFunctionError, match=f"(?s)The reward function 'reward' .*{message}"):
         make_scorer(reward).submit([leaf(0, 0), leaf(0, 1)])
-
-
-@pytest.mark.parametrize("value", [1.5, -0.01])
-def test_success_outside_the_unit_interval(value):
-    def length(completions, **kwargs):
-        return [0.5, value]
-
-    scorer = make_scorer(by_completion, length, success_index=1)
-    with pytest.raises(RewardFunctionError) as caught:
-        scorer.submit([leaf(0, 0), leaf(0, 1)])
-    message = str(caught.value)
-    assert f"'length' returned {value}" in message and "[0, 1]" in message
-    assert "`success_reward` (available: by_completion, length)" in message
-    make_scorer(by_completion, length, success_index=0).submit([leaf(0, 0), leaf(0, 1)])  # any value but the success
 
 
 def test_extra_column_of_the_wrong_length():

@@ -8,6 +8,7 @@ from datasets import Dataset, IterableDataset
 from trl import GRPOConfig
 
 from trl_ibtpo import IBTPOTrainer
+from trl_ibtpo.training import checks
 from trl_ibtpo.training.rewards import RewardFunctionError
 
 
@@ -17,10 +18,6 @@ def raises(completions, **kwargs):
 
 def short(completions, **kwargs):
     return [1.0] * (len(completions) - 1)
-
-
-def unbounded(completions, **kwargs):
-    return [3.5] * len(completions)
 
 
 def infinite(completions, **kwargs):
@@ -158,6 +155,15 @@ ROWS = {
         ValueError,
         "`reward_timeout` is '30s'; it must be a positive number of seconds",
     ),
+    "one end of a range": (
+        {"success_range": [1.5]},
+        ValueError,
+        r"`success_range` is \[1.5\]; it must be the lowest and the highest .*, two finite numbers, .* \(-1.0, 1.5\)",
+    ),
+    "range upside down": ({"success_range": (1.0, -1.0)}, ValueError, r"`success_range` is \(1.0, -1.0\); it must be"),
+    "empty range": ({"success_range": (0.5, 0.5)}, ValueError, r"`success_range` is \(0.5, 0.5\); it must be"),
+    "infinite range": ({"success_range": (0.0, math.inf)}, ValueError, r"`success_range` is \(0.0, inf\); it must be"),
+    "range as text": ({"success_range": "01"}, ValueError, "`success_range` is '01'; it must be the lowest and the"),
     # choices and text
     "unknown branching": (
         {"branching": "best"},
@@ -218,6 +224,34 @@ ROWS = {
         ValueError,
         r"Structured outputs \(`vllm_structured_outputs_regex`\) are not supported: .* Leave it out",
     ),
+    **{
+        f"{name} with {'vLLM' if use_vllm else 'transformers'}": (
+            {"use_vllm": use_vllm, "generation_kwargs": {name: 3}},
+            ValueError,
+            f"`generation_kwargs` sets `{name}` to 3, but a tree sets it for each of its rollouts. Leave it out; `max",
+        )
+        for name in ("max_tokens", "max_new_tokens", "max_length", "seed", "n")
+        for use_vllm in (False, True)
+    },
+    **{
+        f"{name} with {'vLLM' if use_vllm else 'transformers'}": (
+            {"use_vllm": use_vllm, "generation_kwargs": {name: 3}},
+            ValueError,
+            f"`generation_kwargs` sets `{name}` to 3, but it counts from where a rollout starts: .* Leave it out",
+        )
+        for name in ("min_tokens", "min_new_tokens", "min_length", "presence_penalty", "frequency_penalty")
+        for use_vllm in (False, True)
+    },
+    "stop text that begins before a branch": (
+        {"use_vllm": True, "step_delimiter": "\n\n", "generation_kwargs": {"stop": ["</answer>", "\n\nQuestion:"]}},
+        ValueError,
+        r"sets `stop` to \['</answer>', '\\n\\nQuestion:'\], but '\\n\\nQuestion:' may begin with the end of a step",
+    ),
+    "stop text for transformers": (
+        {"generation_kwargs": {"stop_strings": "</answer>"}},
+        ValueError,
+        "sets `stop_strings` to '</answer>', for which transformers needs a tokenizer .* `use_vllm=True` and",
+    ),
     "several samples per request": (
         {"use_vllm": True, "generation_kwargs": {"n": 4}},
         ValueError,
@@ -260,6 +294,24 @@ ROWS = {
         {"train_dataset": prompts(IMAGE)},
         ValueError,
         "Images are not supported in training: .* Remove",
+    ),
+    **{
+        f"column {name}": (
+            {"train_dataset": tiny.questions(8).add_column(name, ["b"] * 8)},
+            ValueError,
+            f"`train_dataset` has a column '{name}', but .* Rename .* `dataset.rename_column\\('{name}', 'dataset_",
+        )
+        for name in ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+    },
+    "column completions in the stream": (
+        {"train_dataset": streamed(prompt="a", letter="a", completions="b")},
+        ValueError,
+        "`train_dataset` has a column 'completions', but reward functions get their `completions` from the trainer",
+    ),
+    "column completions for evaluation": (
+        {"eval_dataset": {"held out": prompts("a").add_column("completions", ["b"] * 8)}, "eval_strategy": "epoch"},
+        ValueError,
+        "`eval_dataset` has a column 'completions', but reward functions get",
     ),
     "number as a prompt": ({"train_dataset": prompts(7)}, ValueError, "column 'prompt' .* holds 7; .*" + FOR_EXAMPLE),
     "missing prompt": ({"train_dataset": prompts(None)}, ValueError, "'prompt' .* holds None; .*" + FOR_EXAMPLE),
@@ -331,11 +383,6 @@ ROWS = {
         RewardFunctionError,
         "'infinite' returned inf; a reward must be a finite number, or None where there is none",
     ),
-    "success out of range": (
-        {"reward_funcs": [unbounded, tiny.even_length]},
-        RewardFunctionError,
-        r"'unbounded' returned 3.5, .* \[0, 1\].*`success_reward` \(available: unbounded, even_length\)",
-    ),
     # models and tokenizers
     "no model": ({"model": None}, TypeError, "`model` is None; give the name of a model .* 'Qwen/Qwen3-1.7B-Base'"),
     "unknown model": (
@@ -373,6 +420,7 @@ ARGUMENTS = (
     "model",
     "args",
     "train_dataset",
+    "eval_dataset",
     "reward_funcs",
     "processing_class",
     "tools",
@@ -396,3 +444,23 @@ def test_wrong_input(model_path, config, overrides, error, message):
                 **given,
             }
         ).train()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"generation_kwargs": {"stop": ["</answer>", "Question:"]}, "step_delimiter": "\n\n", "use_vllm": True},
+        {"generation_kwargs": {"presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0}, "use_vllm": True},
+        {"generation_kwargs": {"presence_penalty": 1.0, "stop": "e!"}, "use_vllm": True, "branching": "independent"},
+        {"generation_kwargs": {"no_repeat_ngram_size": 3, "repetition_penalty": 1.1}},
+    ],
+    ids=str,
+)
+def test_options_that_a_tree_can_use(config, fields):
+    checks.refuse_unsupported("a/model", tiny.even_length, config(**fields), tiny.questions(12), None, None, {})
+
+
+def test_a_column_that_is_dropped_is_not_refused(config):
+    data = tiny.questions(12).add_column("completions", ["b"] * 12)
+    args = config(remove_unused_columns=True)
+    checks.refuse_unsupported("a/model", tiny.even_length, args, data, data, None, {})

@@ -63,8 +63,12 @@ class IBTPOConfig(GRPOConfig):
         step_confidence (`str`, *optional*, defaults to `"geometric_mean"`):
             Probability of a step under the sampling policy, \( \pi(s) \): `"geometric_mean"` per token or `"joint"`.
         success_reward (`str`, *optional*):
-            Name of the reward function whose value, in [0, 1], says whether a completion is right. Defaults to the
-            first reward function. Advantages use the full weighted reward.
+            Name of the reward function that says how right a completion is, its success. Defaults to the first reward
+            function. Branching and \( A_{IB} \) use it; \( A_{GL} \) uses the full weighted reward.
+        success_range (`list[float]`, *optional*):
+            Lowest and highest value of that function, for example `(-1.0, 1.5)`: success is the share of the way from
+            the one to the other, clipped to [0, 1]. Left out, values in [0, 1] are used as they are; a tree with a
+            value outside [0, 1] scales by its own lowest and highest value.
         reward_timeout (`float`, *optional*):
             Seconds that one call of a reward function may take; a call scores the completions that finished together.
             What is not scored in time counts as `None`, in the metric `rewards/{name}/timeouts` and in a warning; in
@@ -228,8 +232,15 @@ class IBTPOConfig(GRPOConfig):
     success_reward: str | None = field(
         default=None,
         metadata={
-            "help": "Name of the reward function whose value, in [0, 1], says whether a completion is right. If "
-            "`None`, the first reward function."
+            "help": "Name of the reward function that says how right a completion is. If `None`, the first reward "
+            "function."
+        },
+    )
+    success_range: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Lowest and highest value of that function, mapped to success 0 and 1. If `None`, values in "
+            "[0, 1] are used as they are, and a tree with a value outside scales by its own lowest and highest value."
         },
     )
     reward_timeout: float | None = field(
@@ -290,6 +301,16 @@ class IBTPOConfig(GRPOConfig):
         """What the growth of a tree depends on."""
         return GrowthSettings(**{each.name: getattr(self, each.name) for each in fields(GrowthSettings)})
 
+    @property
+    def branches(self) -> bool:
+        """Whether any rollout continues another one."""
+        return self.branching != "independent" and self.tree_levels > 1
+
+    @property
+    def success_steers(self) -> bool:
+        """Whether success decides where trees branch, or what their steps are worth."""
+        return (self.branches and self.branching == "ib") or (self.advantage == "ibtpo" and self.ib_coef != 0)
+
     def _check_tree(self) -> None:
         for name in ("tree_initial_rollouts", "tree_levels", "tree_nodes_per_level", "tree_branches_per_node"):
             if not _is_whole(getattr(self, name), 1):
@@ -317,6 +338,8 @@ class IBTPOConfig(GRPOConfig):
             raise ValueError(f"`ib_beta` is {self.ib_beta!r}; it must be positive (the paper uses 5).")
         if not _is_number(self.ib_coef):
             raise ValueError(f"`ib_coef` is {self.ib_coef!r}; it must be a number (the paper uses 0.1).")
+        if self.success_range is not None:
+            self._check_success_range()
         if self.reward_timeout is not None and not (_is_number(self.reward_timeout) and self.reward_timeout > 0):
             raise ValueError(
                 f"`reward_timeout` is {self.reward_timeout!r}; it must be a positive number of seconds, for example "
@@ -337,6 +360,16 @@ class IBTPOConfig(GRPOConfig):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be one of {choices}.")
+
+    def _check_success_range(self) -> None:
+        given = self.success_range
+        numbers = tuple(given) if isinstance(given, (list, tuple)) else ()
+        if not (len(numbers) == 2 and all(map(_is_number, numbers)) and numbers[0] < numbers[1]):
+            raise ValueError(
+                f"`success_range` is {given!r}; it must be the lowest and the highest value of the reward that says "
+                "whether a completion is right, two finite numbers, for example (-1.0, 1.5)."
+            )
+        self.success_range = numbers
 
     def _check_whole_trees(self) -> None:
         """Trees never span processes, so each process must generate whole trees."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object, is_peft_model
 from transformers import PreTrainedModel
+from transformers.utils import logging
 from trl import GRPOTrainer
 
 from .advantages import token_advantages
@@ -26,7 +27,9 @@ from .training.generation import TreeGeneration
 from .training.hooks import check_hooks
 from .training.metrics import TreeMetrics
 from .training.model_card import complete_card, tree_to_show
-from .training.rewards import RewardScorer
+from .training.rewards import RewardScorer, describe_scaling
+
+logger = logging.get_logger(__name__)
 
 
 class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTrainer):
@@ -94,7 +97,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
                 f"`args` is a {type(args).__name__}; IBTPOTrainer needs an IBTPOConfig, which takes the same fields."
             )
         check_hooks(GRPOTrainer)
-        checks.refuse_unsupported(model, reward_funcs, args, train_dataset, processing_class, kwargs)
+        checks.refuse_unsupported(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, kwargs)
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -107,10 +110,12 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         checks.check_tokenizer(self._tokenizer)
         if self.use_vllm and self.vllm_mode == "colocate" and runs_on_cpu():
             self.vllm_generation = CPUVLLMGeneration.adopt(self.vllm_generation)
-        checks.refuse_sharded_growth(self._dist, args)
+        checks.refuse_sharded_growth(self._dist, args, self.reward_funcs)
         self._check_process_share()
         self._packed_forward, self._packed_reason = self._choose_forward()
         self._success_index = self._find_success_reward()
+        # Whether it was said how success is made of rewards outside [0, 1], or there is nothing to say.
+        self._scaling_said = args.success_range is not None or not args.success_steers
         self._splitter = StepSplitter(self._tokenizer, args.step_delimiter)
         self._tree_inputs: list[dict[str, Any]] = []  # dataset rows of the generation batch being made
         self._grown: list[GrownTree] = []
@@ -124,7 +129,9 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
+        if not self.is_world_process_zero():
+            return
+        try:
             complete_card(
                 self.args.output_dir,
                 self.args,
@@ -133,11 +140,18 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
                 success_reward=self.reward_func_names[self._success_index],
                 adapter=is_peft_model(self.accelerator.unwrap_model(self.model)),
             )
+        except Exception as error:  # a checkpoint is worth more than its card
+            logger.warning(
+                f"The model card in '{self.args.output_dir}' has no section about trees: writing it raised "
+                f"{type(error).__name__}: {error}. The checkpoint is not affected.",
+                exc_info=True,
+            )
 
     # ----- hooks into TRL: generation, rewards, advantages -----------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training:
+            checks.refuse_columns(inputs[0], "eval_dataset")
             return super()._generate_and_score_completions(inputs)
         checks.check_rows(inputs)
         self._tree_inputs = inputs
@@ -169,19 +183,26 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             if self.args.reward_timeout is None:
                 return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
             scorer = self._score_evaluation(inputs, completions, completion_ids_list)
-        if completions != scorer.completions:
+        elif [repr(completion) for completion in completions] != scorer.decoded:
             raise RuntimeError(
                 "TRL decoded the completions differently than they were scored. This TRL release is not supported; "
                 "trl_ibtpo was tested with TRL 1.16."
             )
+        completions[:] = scorer.completions  # reward functions may have edited them, which TRL's table shows
         for column, values in scorer.extra_columns.items():
             self._log_completion_extra(column, values)
         for name, calls in scorer.metrics.items():
             leaves = sum(count for _, count in calls)
             self._log_metric(name, sum(value * count for value, count in calls) / leaves)
         self._log_timeouts(scorer)
-        rewards = torch.tensor(scorer.rewards, device=self.accelerator.device)
-        return self.accelerator.gather(rewards)
+        rewards = self.accelerator.gather(torch.tensor(scorer.rewards, device=self.accelerator.device))
+        if self.model.training and not self._scaling_said:
+            success = rewards[:, self._success_index].cpu().double().numpy()
+            message = describe_scaling(self.reward_func_names[self._success_index], success)
+            self._scaling_said = message is not None
+            if message is not None and self.accelerator.is_main_process:
+                logger.warning(message)
+        return rewards
 
     def _log_timeouts(self, scorer: RewardScorer) -> None:
         """Completions that each function left unscored, over all processes; a collective call where a limit is set."""
@@ -263,10 +284,12 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             )
         trees = args.per_device_train_batch_size * args.steps_per_generation // self.num_generations
         engine = f"vLLM, {self.vllm_mode} mode" if self.use_vllm else "transformers (`use_vllm` is off)"
+        success = f"'{self.reward_func_names[self._success_index]}'"
+        if args.success_range is not None:
+            success += " between {} and {} (`success_range`)".format(*args.success_range)
         forward = "prefix-shared" if self._packed_forward else "TRL's"
         return (
             f"IB-TPO: {shape}, {trees} per process and generation; advantage '{args.advantage}' "
-            f"(ib_coef={args.ib_coef}, ib_beta={args.ib_beta}); success from "
-            f"'{self.reward_func_names[self._success_index]}'; engine: {engine}; forward: {forward} "
-            f"({self._packed_reason})."
+            f"(ib_coef={args.ib_coef}, ib_beta={args.ib_beta}); success from {success}; engine: {engine}; forward: "
+            f"{forward} ({self._packed_reason})."
         )

@@ -1,6 +1,7 @@
 """Checks that fail before training starts, or at the first row that cannot be trained on."""
 
 import os
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from packaging.version import Version
@@ -36,7 +37,13 @@ NO_IMAGES = (
 
 
 def refuse_unsupported(
-    model: Any, reward_funcs: Any, args: GRPOConfig, train_dataset: Any, processing_class: Any, kwargs: dict[str, Any]
+    model: Any,
+    reward_funcs: Any,
+    args: GRPOConfig,
+    train_dataset: Any,
+    eval_dataset: Any,
+    processing_class: Any,
+    kwargs: dict[str, Any],
 ) -> None:
     """Say before anything is loaded what cannot work, and what to do instead."""
     for name in ("tools", "environment_factory", "rollout_func"):
@@ -52,7 +59,9 @@ def refuse_unsupported(
         )
     _check_model(model, args, processing_class, kwargs)
     _check_reward_funcs(reward_funcs)
+    _check_generation_kwargs(args)
     _check_dataset(train_dataset, args)
+    _check_columns(train_dataset, eval_dataset, args)
     if args.use_vllm:
         _check_vllm_arguments(args)
         check_vllm()
@@ -65,18 +74,55 @@ def _check_vllm_arguments(args: GRPOConfig) -> None:
             "processes of a group would have to grow the same trees in step. Use 1 (each GPU has its own engine), "
             "or `vllm_mode='server'` with a server that is itself tensor-parallel."
         )
-    generation_kwargs = args.generation_kwargs or {}
-    if args.vllm_structured_outputs_regex is not None or "structured_outputs" in generation_kwargs:
+    if args.vllm_structured_outputs_regex is not None or "structured_outputs" in (args.generation_kwargs or {}):
         raise ValueError(
             "Structured outputs (`vllm_structured_outputs_regex`) are not supported: a branch would match the "
             "pattern from its own start, not from that of the completion. Leave it out, or train with TRL's "
             "GRPOTrainer."
         )
-    for name in ("n", "logprobs", "max_tokens", "seed"):
+
+
+# Options of `generation_kwargs` that a tree sets itself,
+SET_BY_TREE = ("n", "logprobs", "seed", "max_tokens", "max_new_tokens", "max_length")
+# and those that count from where a request starts, which is in the middle of a completion where it is a branch.
+COUNTED_FROM_START = (
+    *("min_tokens", "min_new_tokens", "min_length", "thinking_token_budget"),
+    *("presence_penalty", "frequency_penalty", "repetition_detection", "bad_words"),
+    *("begin_suppress_tokens", "forced_eos_token_id", "exponential_decay_length_penalty"),
+)
+
+
+def _check_generation_kwargs(args: GRPOConfig) -> None:
+    generation_kwargs = args.generation_kwargs or {}
+    for name in SET_BY_TREE:
         if name in generation_kwargs:
             raise ValueError(
                 f"`generation_kwargs` sets `{name}` to {generation_kwargs[name]!r}, but a tree sets it for each of "
                 "its rollouts. Leave it out; `max_completion_length` and `seed` are fields of their own."
+            )
+    if generation_kwargs.get("stop_strings"):
+        raise ValueError(
+            f"`generation_kwargs` sets `stop_strings` to {generation_kwargs['stop_strings']!r}, for which "
+            "transformers needs a tokenizer that TRL does not give it. Leave it out, or generate with vLLM: "
+            "`use_vllm=True` and `generation_kwargs={'stop': ...}`."
+        )
+    if not args.branches:
+        return
+    for name in COUNTED_FROM_START:
+        if generation_kwargs.get(name):
+            raise ValueError(
+                f"`generation_kwargs` sets `{name}` to {generation_kwargs[name]!r}, but it counts from where a "
+                "rollout starts: a branch would not count the prefix that it shares. Leave it out (the field "
+                "`repetition_penalty` does count prefixes), or train with TRL's GRPOTrainer."
+            )
+    stops, delimiter = generation_kwargs.get("stop") or [], args.step_delimiter
+    for stop in [stops] if isinstance(stops, str) else stops:
+        heads = [stop[:length] for length in range(1, len(stop))]
+        if any(delimiter.endswith(head) or head.endswith(delimiter) for head in heads):
+            raise ValueError(
+                f"`generation_kwargs` sets `stop` to {stops!r}, but {stop!r} may begin with the end of a step "
+                f"(`step_delimiter` is {delimiter!r}) and go on in a branch, which it would not end. Give a text that "
+                "neither begins with the end of the delimiter nor holds the whole of it before its own end."
             )
 
 
@@ -151,11 +197,34 @@ def _check_dataset(dataset: Any, args: GRPOConfig) -> None:
         )
 
 
+# What the trainer gives to reward functions under names of its own, beside the columns of the dataset.
+REWARD_ARGUMENTS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+
+
+def _check_columns(train_dataset: Any, eval_dataset: Any, args: GRPOConfig) -> None:
+    if args.remove_unused_columns:  # then reward functions get no column at all
+        return
+    evaluation = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
+    for name, dataset in (("train_dataset", train_dataset), *(("eval_dataset", each) for each in evaluation.values())):
+        refuse_columns(getattr(dataset, "column_names", None) or [], name)
+
+
+def refuse_columns(columns: Iterable[str], dataset: str) -> None:
+    """Raise where a column would replace, or be replaced by, what reward functions get from the trainer."""
+    for column in columns:
+        if column in REWARD_ARGUMENTS:
+            raise ValueError(
+                f"`{dataset}` has a column '{column}', but reward functions get their `{column}` from the trainer. "
+                f"Rename it, for example `dataset.rename_column('{column}', 'dataset_{column}')`."
+            )
+
+
 def check_rows(rows: list[dict[str, Any]]) -> None:
     """Raise where a row has no prompt that can be continued; streamed rows are seen here first."""
     for row in rows:
         if {"image", "images"} & row.keys():
             raise ValueError(NO_IMAGES)
+        refuse_columns(row, "train_dataset")
         prompt = row.get("prompt")
         if isinstance(prompt, str):
             continue
@@ -207,8 +276,14 @@ def check_prompt(token_ids: list[int], model: nn.Module) -> None:
         )
 
 
-def refuse_sharded_growth(backend: DistributedBackend, args: GRPOConfig) -> None:
+def refuse_sharded_growth(backend: DistributedBackend, args: GRPOConfig, reward_funcs: Sequence[Any] = ()) -> None:
     """Refuse sharding in which a forward pass waits for other processes, since each grows trees at its own pace."""
+    if backend.is_zero3 and any(isinstance(reward_func, nn.Module) for reward_func in reward_funcs):
+        # Under FSDP, TRL leaves reward models whole.
+        raise ValueError(
+            "`reward_funcs` holds a model, which ZeRO-3 shards: each process scores its own trees, and a forward pass "
+            "of one would wait for the others. Use ZeRO-2, or serve the model and give a function that asks it."
+        )
     if args.use_vllm:
         return
     if backend.fsdp_version == 1:

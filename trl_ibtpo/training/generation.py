@@ -148,7 +148,8 @@ class TreeGeneration:
         """From completion ids and their rows to completions, as TRL decodes them."""
 
         def decode(completion_ids: list[list[int]], rows: list[int]) -> list:
-            if not is_conversational(inputs[0]):
+            # Of a whole row, TRL's function looks at an arbitrary column.
+            if not is_conversational({"prompt": inputs[0]["prompt"]}):
                 return self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
             if getattr(self._tokenizer, "response_template", None) or getattr(
                 self._tokenizer, "response_schema", None
@@ -178,6 +179,7 @@ class TreeGeneration:
             reward_names=self.reward_func_names,
             reward_processing_classes=self.reward_processing_classes,
             success_index=self._success_index,
+            success_range=self.args.success_range,
             decode=decode,
             shared_arguments={"trainer_state": self.state},
             event_loop=getattr(self, "async_loop", None),

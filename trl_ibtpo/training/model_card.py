@@ -104,9 +104,8 @@ def complete_card(
     text = card.text.replace("[None](https://huggingface.co/None)", "local weights")
     head, heading, tail = text.partition("### Framework versions")
 
-    branches = args.branching != "independent" and args.tree_levels > 1
     curve = tree = None
-    if any(key in log for log in log_history for key in RATES):
+    if any(log.get(key) is not None for log in log_history for key in RATES):  # TRL logs None for no value
         curve = f"{FIGURES}/training_curves.png"
         draw_learning_curve(log_history, folder / curve, RATES, title="Training")
     if shown is not None:
@@ -116,7 +115,7 @@ def complete_card(
         card.data,
         template_str=TEMPLATE,
         head=head.lstrip(),
-        branches=branches,
+        branches=args.branches,
         tail=heading + tail,
         leaves=args.num_generations,
         rows=_rows(args, success_reward),

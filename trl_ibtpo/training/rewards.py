@@ -36,6 +36,28 @@ class RewardFunctionError(RuntimeError):
     """A reward function raised or returned something that is not one number (or None) per completion."""
 
 
+def out_of_range(rewards: np.ndarray) -> np.ndarray:
+    """Which of them are outside [0, 1] by more than rounding; NaN is not."""
+    return np.abs(rewards - 0.5) > 0.5 + 2e-6
+
+
+def describe_scaling(name: str, rewards: np.ndarray) -> str | None:
+    """What a user should know where the values of the function that names success are not all in [0, 1]."""
+    outside = rewards[out_of_range(rewards)]
+    if not len(outside):
+        return None
+    low, high = np.nanmin(rewards), np.nanmax(rewards)
+    if low == high:
+        low, high = min(low, 0), max(high, 1)
+    shown, low, high = (float(f"{value:.4g}") for value in (outside[0], low, high))
+    return (
+        f"The reward function '{name}' returned {shown}, outside [0, 1]. Trees with such a value scale their rewards "
+        "from their own lowest to their own highest, to know which steps to branch and to favour: success then says "
+        "which completion of a question is better, not how good it is. "
+        f"`success_range=({low}, {high})` would fix the scale; it fits what was seen so far. Said once."
+    )
+
+
 @dataclass
 class _Call:
     """Leaves that are scored together."""
@@ -53,7 +75,8 @@ class RewardScorer:
         inputs: dataset rows, one per leaf: G equal rows per tree, trees in order.
         leaves_per_tree: G.
         reward_funcs, reward_names, reward_processing_classes: as in TRL's trainer.
-        success_index: the reward function whose value is the success of a leaf.
+        success_index: the reward function that says how right a leaf is.
+        success_range: its values that are success 0 and 1; without it, `collect` returns the value itself.
         decode: completion token ids (one list per leaf) and their rows to completions as TRL passes them on.
         shared_arguments: arguments that do not depend on rows (`trainer_state`).
         event_loop: where asynchronous functions run; needed only if there are any.
@@ -73,6 +96,7 @@ class RewardScorer:
         reward_names: Sequence[str],
         reward_processing_classes: Sequence[Any],
         success_index: int,
+        success_range: tuple[float, float] | None = None,
         decode: Callable[[list[list[int]], list[int]], list],
         shared_arguments: dict[str, Any],
         event_loop: asyncio.AbstractEventLoop | None,
@@ -82,7 +106,8 @@ class RewardScorer:
     ):
         self.rewards = np.full((len(inputs), len(reward_funcs)), np.nan, dtype=np.float32)
         self.timed_out = np.zeros(self.rewards.shape, dtype=bool)  # not scored within the limit
-        self.completions: list = [None] * len(inputs)
+        self.completions: list = [None] * len(inputs)  # which reward functions may have edited
+        self.decoded: list = [None] * len(inputs)  # the same as text, before
         self.extra_columns: dict[str, list] = {}
         self.metrics: dict[str, list[tuple[float, int]]] = {}  # value and number of leaves of each call
         self._inputs = inputs
@@ -91,6 +116,7 @@ class RewardScorer:
         self._reward_names = reward_names
         self._reward_processing_classes = reward_processing_classes
         self._success_index = success_index
+        self._success_range = success_range
         self._decode = decode
         self._shared_arguments = shared_arguments
         self._event_loop = event_loop
@@ -105,15 +131,15 @@ class RewardScorer:
         completions = self._decode(completion_ids, rows)
         inputs = [self._inputs[row] for row in rows]
         for row, completion in zip(rows, completions, strict=True):
-            self.completions[row] = completion
+            self.completions[row], self.decoded[row] = completion, repr(completion)
         columns = [key for key in inputs[0] if key not in ("prompt", "completion", "completion_ids")]
         call = _Call(
             rows=rows,
             arguments={
+                **{key: [row[key] for row in inputs] for key in columns},
                 "prompts": [row["prompt"] for row in inputs],
                 "completions": completions,
                 "completion_ids": completion_ids,
-                **{key: [row[key] for row in inputs] for key in columns},
                 **self._shared_arguments,
                 "log_extra": lambda column, values: self._log_extra(rows, column, values),
                 "log_metric": lambda name, value: self.metrics.setdefault(name, []).append((value, len(rows))),
@@ -145,8 +171,15 @@ class RewardScorer:
             futures = [future for call in self._calls for future in call.pending]
             self._wait(futures)
         rows = [row for call in complete for row in call.rows]
-        success = np.clip(self.rewards[rows, self._success_index], 0, 1).tolist()
-        return [(*divmod(row, self._leaves_per_tree), value) for row, value in zip(rows, success, strict=True)]
+        values = self._success(self.rewards[rows, self._success_index].astype(float)).tolist()
+        return [(*divmod(row, self._leaves_per_tree), value) for row, value in zip(rows, values, strict=True)]
+
+    def _success(self, rewards: np.ndarray) -> np.ndarray:
+        """Success in [0, 1] where the range of the rewards is known, else what the tree makes success of."""
+        if self._success_range is None:
+            return np.where(out_of_range(rewards), rewards, np.clip(rewards, 0, 1))
+        low, high = self._success_range
+        return np.clip((rewards - low) / (high - low), 0, 1)
 
     def warn_of_timeouts(self) -> None:
         """Name each function that left completions unscored because of its time limit."""
@@ -225,14 +258,6 @@ class RewardScorer:
                     f"The reward function '{name}' returned {value}; a reward must be a finite number, or None where "
                     "there is none."
                 )
-        if index == self._success_index:
-            for value in numbers:
-                if not (math.isnan(value) or -1e-6 <= value <= 1 + 1e-6):
-                    raise RewardFunctionError(
-                        f"The reward function '{name}' returned {value}, but it is the success of a completion and "
-                        "must lie in [0, 1]. Rescale it, or name another reward function in `success_reward` "
-                        f"(available: {', '.join(self._reward_names)})."
-                    )
         self.rewards[call.rows, index] = numbers
 
     def _run_model(self, index: int, arguments: dict[str, Any]) -> list[float]:

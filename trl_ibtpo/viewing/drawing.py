@@ -114,7 +114,8 @@ def draw_learning_curve(
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for number, key in enumerate(keys):
-        logs = [(log["step"], log[key]) for log in log_history if key in log and np.isfinite(log[key])]
+        # TRL logs None where a window had no value.
+        logs = [(log["step"], log[key]) for log in log_history if log.get(key) is not None and np.isfinite(log[key])]
         if not logs:
             continue
         steps, values = np.array(logs, dtype=float).T
@@ -126,7 +127,8 @@ def draw_learning_curve(
     if held_out is not None:
         for name, value, style in zip(("before", "after"), held_out, (":", "-."), strict=True):
             axes.axhline(value, color="#1b7837", linestyle=style, label=f"held-out accuracy {name}: {value:.0%}")
-    axes.set(xlabel="training step", ylim=(-0.03, 1.03))
+    low, high = min(0, axes.dataLim.y0), max(1, axes.dataLim.y1)  # rates always alike; a reward may need more room
+    axes.set(xlabel="training step", ylim=(low - 0.03 * (high - low), high + 0.03 * (high - low)))
     axes.set_title(_printable(title), loc="left", **_PLAIN)
     axes.grid(alpha=0.25)
     axes.spines[["right", "top"]].set_visible(False)
