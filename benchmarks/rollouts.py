@@ -20,7 +20,7 @@ import random
 import tempfile
 import time
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -31,15 +31,15 @@ from trl_ibtpo.engines.vllm import VLLMEngine
 from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive
 
 PROMPT_TOKENS, STEP_TOKENS = 64, 12
+SAMPLING = {"repetition_penalty": 1.0, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
 MEDIAN_LENGTH, LENGTH_SIGMA, MAX_LENGTH = 80, 0.6, 256  # tokens of a completion
 
 
 class ScriptedLengths(VLLMEngine):
     """The colocated engine on scripted completion lengths, counting its steps and the time spent in vLLM."""
 
-    def __init__(self, generation, seed: int, request_seeds: bool):
-        super().__init__(generation, request_seeds)
-        self._sampling["ignore_eos"] = True
+    def __init__(self, llm, seed: int, request_seeds: bool):
+        super().__init__(llm, {**SAMPLING, "ignore_eos": True}, request_seeds)
         self._script = seed
         self.steps, self.inside = 0, 0.0
 
@@ -112,8 +112,8 @@ MODES = [
 ]
 
 
-def start_engine(layers: int, hidden: int, max_num_seqs: int, quick: bool = False) -> SimpleNamespace:
-    """A random Qwen3 in an engine inside this process, as TRL starts it, with what `VLLMEngine` reads of TRL's.
+def start_engine(layers: int, hidden: int, max_num_seqs: int, quick: bool = False) -> Any:
+    """A random Qwen3 in an engine inside this process, as TRL starts it.
 
     A quick start compiles nothing, and makes steps slower on a CPU.
     """
@@ -127,7 +127,7 @@ def start_engine(layers: int, hidden: int, max_num_seqs: int, quick: bool = Fals
 
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
     path = tiny.save_tiny(tempfile.mkdtemp(), tiny.byte_level_tokenizer(), layers=layers, hidden=hidden)
-    llm = LLM(
+    return LLM(
         model=path,
         max_model_len=PROMPT_TOKENS + MAX_LENGTH,
         max_num_seqs=max_num_seqs,
@@ -139,13 +139,11 @@ def start_engine(layers: int, hidden: int, max_num_seqs: int, quick: bool = Fals
         distributed_executor_backend="external_launcher",
         enforce_eager=quick,
     )
-    sampling = {"repetition_penalty": 1.0, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-    return SimpleNamespace(llm=llm, enable_sleep_mode=False, generation_kwargs={}, **sampling)
 
 
-def run(generation, mode: Mode, questions: int, seed: int) -> dict[str, float]:
+def run(llm, mode: Mode, questions: int, seed: int) -> dict[str, float]:
     """Grow all trees once."""
-    generation.llm.reset_prefix_cache()
+    llm.reset_prefix_cache()
     rng = random.Random(1000 * questions + seed)
     settings = GrowthSettings(max_completion_length=MAX_LENGTH, branch_lookahead=mode.lookahead, **mode.settings)
     growers = [
@@ -157,7 +155,7 @@ def run(generation, mode: Mode, questions: int, seed: int) -> dict[str, float]:
         )
         for index in range(questions)
     ]
-    engine = ScriptedLengths(generation, seed, mode.request_seeds)
+    engine = ScriptedLengths(llm, seed, mode.request_seeds)
     begin = time.perf_counter()
     drive(growers, LockStep(engine) if mode.lock_step else engine, common.ScriptedScorer())
     seconds = time.perf_counter() - begin
@@ -180,8 +178,8 @@ def main() -> None:
     args = arguments.parse_args()
     if args.quick:
         args.questions, args.repeats, args.layers, args.hidden = [2], 1, 2, 64
-    generation = start_engine(args.layers, args.hidden, 12 * max(args.questions), args.quick)
-    run(generation, MODES[0], min(args.questions), seed=99)  # warm up
+    llm = start_engine(args.layers, args.hidden, 12 * max(args.questions), args.quick)
+    run(llm, MODES[0], min(args.questions), seed=99)  # warm up
     rows = []
     with tqdm(total=len(args.questions) * args.repeats * len(MODES), unit="run") as progress:
         for questions in args.questions:
@@ -189,7 +187,7 @@ def main() -> None:
             for repeat in range(args.repeats):  # interleaved: every repeat measures every mode
                 for index, mode in enumerate(MODES):
                     progress.set_description(f"{questions} questions, {mode.name} {mode.lookahead}")
-                    runs[index].append(run(generation, mode, questions, seed=repeat))
+                    runs[index].append(run(llm, mode, questions, seed=repeat))
                     progress.update()
             for index, mode in enumerate(MODES):
                 row = {"mode": mode.name, "questions": questions, "lookahead": mode.lookahead}

@@ -13,8 +13,7 @@ import sys
 import psutil
 from tqdm.auto import tqdm
 
-from benchmarks import common
-from benchmarks.rollouts import start_engine
+from benchmarks import common, rollouts
 from trl_ibtpo.engines.vllm import VLLMEngine
 from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive
 
@@ -37,7 +36,7 @@ class FailingScorer(common.ScriptedScorer):
         super().submit(leaves)
 
 
-def batch(generation, rng: random.Random) -> str:
+def batch(llm, rng: random.Random) -> str:
     """Grow three trees with a lookahead and a fate drawn at random; returns the fate."""
     fate = rng.choice(["grown", "grown", "aborted", "failed"])
     settings = GrowthSettings(max_completion_length=16, branch_lookahead=rng.choice([0, 2, 8]))
@@ -55,13 +54,13 @@ def batch(generation, rng: random.Random) -> str:
 
     scorer = FailingScorer(rng.randrange(1, 4)) if fate == "failed" else common.ScriptedScorer()
     try:
-        drive(growers, VLLMEngine(generation), scorer, on_rollout)
+        drive(growers, VLLMEngine(llm, rollouts.SAMPLING), scorer, on_rollout)
     except (Aborted, ValueError):
         assert fate != "grown"
     else:
         assert all(grower.done for grower in growers)
         fate = "grown"  # also where the trees were done before the call that was to fail
-    assert not generation.llm.llm_engine.has_unfinished_requests(), f"a request is left behind: {fate}"
+    assert not llm.llm_engine.has_unfinished_requests(), f"a request is left behind: {fate}"
     return fate
 
 
@@ -72,16 +71,16 @@ def main() -> None:
     args = arguments.parse_args()
     if args.quick:
         args.runs, args.batches = 2, 5
-    generation = start_engine(layers=2, hidden=64, max_num_seqs=36, quick=args.quick)
+    llm = rollouts.start_engine(layers=2, hidden=64, max_num_seqs=36, quick=args.quick)
     process, rows = psutil.Process(), []
     with tqdm(total=args.runs * args.batches, unit="batch") as progress:
         for run in range(args.runs):
             rng, fates = random.Random(run), []
             for _ in range(args.batches):
-                fates.append(batch(generation, rng))
+                fates.append(batch(llm, rng))
                 progress.update()
             row = {"run": run, **{fate: fates.count(fate) for fate in ("grown", "aborted", "failed")}}
-            processor = generation.llm.llm_engine.output_processor
+            processor = llm.llm_engine.output_processor
             row["requests_left"] = processor.get_num_unfinished_requests()
             gc.collect()
             row["python_blocks"] = sys.getallocatedblocks()

@@ -1,7 +1,6 @@
 """The command `trl-ibtpo`, as a user types it."""
 
 import configparser
-import dataclasses
 import json
 import os
 import subprocess
@@ -15,8 +14,9 @@ from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
 
-from trl_ibtpo import cli
+from trl_ibtpo import IBTPOTrainer
 from trl_ibtpo.cli.main import main
+from trl_ibtpo.cli.tree import make_parser
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,13 +51,15 @@ def test_help(command, words):
         assert word in result.stdout
 
 
-def test_help_loads_no_torch():
+@pytest.mark.parametrize("command", [[], ["evaluate"], ["doctor"]], ids=str)
+def test_help_loads_no_torch(command):
     code = (
-        "import sys; from trl_ibtpo.cli.main import make_parser; make_parser().format_help(); "
-        "print('torch' in sys.modules)"
+        "import sys\nfrom trl_ibtpo.cli.main import main\n"
+        f"try:\n    main([*{command}, '--help'])\n"
+        "finally:\n    print('torch' in sys.modules, 'trl' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert result.stdout.strip() == "False"
+    assert result.stdout.splitlines()[-1] == "False False"
 
 
 def test_console_script_is_declared():
@@ -68,13 +70,17 @@ def test_console_script_is_declared():
     assert EntryPoint(name, value, "console_scripts").load() is main
 
 
-def test_tree_takes_the_defaults_of_the_config():
-    from trl_ibtpo import IBTPOConfig
-
-    defaults = {field.name: field.default for field in dataclasses.fields(IBTPOConfig)}
-    assert {name: default for name, (default, _) in cli.TREE_FIELDS.items()} == {
-        name: defaults[name] for name in cli.TREE_FIELDS
-    }
+def test_tree_takes_fields_of_the_config():
+    given = ["--model", "m", "--question", "Why?"]
+    args = vars(make_parser().parse_args(given))
+    paper = {"tree_initial_rollouts": 4, "tree_levels": 9, "branching": "ib", "temperature": 0.7, "top_k": 20}
+    assert {name: args[name] for name in paper} == paper
+    assert args["step_delimiter"] == "\n\n" and args["allow_repeated_branching"] is True
+    given += ["--tree-levels", "3", "--ib_beta", "2", "--allow_root_branching", "--no-allow_repeated_branching"]
+    args = vars(make_parser().parse_args(given))
+    changed = {"tree_levels": 3, "ib_beta": 2.0, "allow_root_branching": True, "allow_repeated_branching": False}
+    assert {name: args[name] for name in changed} == changed
+    assert type(args["ib_beta"]) is float
 
 
 # ----- doctor --------------------------------------------------------------------------------------------------------
@@ -138,6 +144,28 @@ def test_train_lora_on_a_dataset_saved_to_disk(training, tmp_path):
     training[-1] = "disk"
     assert main([*training, "--max_steps", "1", "--use_peft", "--lora_target_modules", "all-linear"]) == 0
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_train_leaves_the_working_directory_importable(training, tmp_path, monkeypatch):
+    """A reward function may import what lies beside it when it is called first, and workers when they start."""
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder not in ("", str(tmp_path))])
+    (tmp_path / "beside_rewards.py").write_text("from tiny import even_length\n")
+    (tmp_path / "lazy_rewards.py").write_text(
+        "def lazy(completions, **kwargs):\n"
+        "    from beside_rewards import even_length\n"
+        "    return even_length(completions)\n"
+    )
+    assert main([*training, "--max_steps", "1", "--reward_funcs", "lazy_rewards.lazy"]) == 0
+
+
+@pytest.mark.parametrize(("version", "ends"), [("5.17.0", 0), ("5.18.0", 1)])
+def test_train_ends_as_the_script_of_trl(training, monkeypatch, version, ends):
+    calls = []
+    monkeypatch.setattr("transformers.__version__", version)
+    monkeypatch.setattr(IBTPOTrainer, "train", lambda self, **kwargs: None)
+    monkeypatch.setattr(IBTPOTrainer, "end", lambda self: calls.append(self), raising=False)
+    assert main(training) == 0
+    assert len(calls) == ends
 
 
 # ----- tree ----------------------------------------------------------------------------------------------------------

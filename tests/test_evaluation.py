@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import random
 from pathlib import Path
 
 os.environ["VLLM_CPU_CI_ENV"] = "1"  # a quick start rather than fast steps
@@ -11,12 +12,15 @@ os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
 import digits
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from trl_ibtpo import harness
 from trl_ibtpo.cli.main import main
+from trl_ibtpo.engines.base import Rollout
+from trl_ibtpo.evaluation import harness
 from trl_ibtpo.evaluation.estimates import estimate, pass_at_k, summarise
 from trl_ibtpo.evaluation.questions import Grader, read_questions
-from trl_ibtpo.evaluation.samples import SamplesFile
+from trl_ibtpo.evaluation.samples import SamplesFile, SamplingSettings, load_tokenizer, sample
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +97,52 @@ def test_a_run_goes_on_where_it_was_stopped(command, tmp_path, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert "cut.jsonl was made with other settings (seed: 0 there, 1 now)" in error
     assert (tmp_path / "cut.jsonl").read_bytes() == whole
+
+
+class Lottery:
+    """Continues a request with a number drawn from its seed, and ends requests in an order of its own."""
+
+    max_length = None
+
+    def __init__(self, clock, order):
+        self.clock, self.random, self.waiting = clock, random.Random(order), []
+
+    def submit(self, requests):
+        assert not (self.waiting and self.clock == "polls"), "two questions in one batch"
+        self.waiting += requests
+
+    def poll(self):
+        self.random.shuffle(self.waiting)
+        count = len(self.waiting) if self.clock == "polls" else 1
+        ended, self.waiting = self.waiting[:count], self.waiting[count:]
+        return [Rollout(each.request_id, [*each.prefix_ids, each.seed], [0.0] * 2) for each in ended]
+
+
+@pytest.mark.parametrize("clock", ["polls", "tokens"])
+def test_completions_depend_on_the_settings_and_the_number_of_the_question(clock):
+    settings = SamplingSettings("model", num_samples=3)
+    prompts = {index: [index] for index in range(8)}
+    found = [dict(sample(settings, prompts, Lottery(clock, order))) for order in range(3)]
+    assert found[0] == found[1] == found[2]
+    assert dict(sample(settings, {5: [5]}, Lottery(clock, 0))) == {5: found[0][5]}
+    seeds = [token_ids[1] for completions in found[0].values() for token_ids in completions]
+    assert len(set(seeds)) == 24
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_temperature_0_is_the_likeliest_continuation(command, engine, guesser, tmp_path):
+    arguments = ["--temperature", "0", "--k", "1", "--num_samples", "1"]
+    arguments += ["--gpu_memory_utilization", "0.1"] if engine == "vllm" else []
+    assert main(command(*arguments, engine=engine)) == 0
+    model = AutoModelForCausalLM.from_pretrained(guesser)
+    tokenizer = load_tokenizer(guesser)
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()[1:]]
+    for line in lines:
+        ids = tokenizer(digits.rows()[line["index"]]["question"], return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logits = model(ids).logits[0, -1]
+        chosen = tokenizer(line["completions"][0])["input_ids"][0]
+        assert logits[chosen] > logits.max() - 0.02  # vLLM computes in another order
 
 
 def test_tasks_of_the_harness(guesser, tmp_path, capsys):
@@ -220,6 +270,5 @@ def test_samples_file_refuses_what_is_not_one(tmp_path):
         SamplesFile(tmp_path / "file", {})
     # Cut within its first line: nothing is lost by starting again.
     (tmp_path / "file").write_text('{"settin')
-    with SamplesFile(tmp_path / "file", {"seed": 1}) as records:
-        records.append({"index": 0})
+    SamplesFile(tmp_path / "file", {"seed": 1}).append({"index": 0})
     assert (tmp_path / "file").read_text() == '{"settings": {"seed": 1}}\n{"index": 0}\n'

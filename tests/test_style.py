@@ -28,15 +28,18 @@ def test_pure_floors_load_neither_torch_nor_trl(module):
 
 # From the bottom up: a file imports from floors below its own, and no two files import each other.
 FLOORS = [
-    ["steps", "tree", "engines/base", "training/time_limit", "training/hooks", "prefix_sharing/trie"],
+    ["steps", "tree", "engines/base", "training/time_limit", "training/hooks", "prefix_sharing/trie", "viewing/lines"],
     ["scores", "prefix_sharing/attention", "evaluation/estimates", "training/checkpoints"],
-    ["branching", "advantages", "viewing/drawing", "prefix_sharing/trainer_mixin"],
-    ["growth", "viewing/text"],
+    ["branching", "advantages", "prefix_sharing/trainer_mixin"],
+    ["growth"],
+    ["viewing/drawing"],
+    ["viewing/text"],
     ["engines/transformers", "engines/vllm", "engines/vllm_server", "engines/vllm_cpu", "ibtpo_config"],
     ["training/rewards", "training/checks", "training/metrics", "training/model_card", "evaluation/samples"],
     ["training/generation", "evaluation/questions", "evaluation/harness"],
     ["ibtpo_trainer"],
-    ["cli/doctor", "cli/commands"],
+    ["cli/common"],
+    ["cli/train", "cli/evaluate", "cli/tree", "cli/doctor"],
     ["cli/main"],
     ["__main__"],
 ]

@@ -17,10 +17,11 @@ from peft import LoraConfig
 
 from trl_ibtpo import IBTPOConfig, IBTPOTrainer
 from trl_ibtpo.engines.base import RolloutRequest
-from trl_ibtpo.engines.vllm import VLLMEngine, check_room
+from trl_ibtpo.engines.vllm import VLLMEngine
 from trl_ibtpo.engines.vllm_cpu import CPUVLLMGeneration
 from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive
 from trl_ibtpo.steps import StepSplitter
+from trl_ibtpo.training.generation import check_room
 from trl_ibtpo.training.rewards import RewardFunctionError
 
 
@@ -100,9 +101,7 @@ class Shuffled:
         self.max_length = engine.max_length
 
     def generated(self, request_id):
-        return (
-            0 if self.engine._prefix + request_id not in self.engine._in_flight else self.engine.generated(request_id)
-        )
+        return self.engine.generated(request_id)
 
     def partial(self, request_id, start, stop):
         return self.engine.partial(request_id, start, stop)
@@ -163,7 +162,7 @@ def test_seeds_per_request_are_a_choice(untied):
     assert IBTPOConfig.__dataclass_fields__["reproducible_rollouts"].default is False
 
     def sample(request_seeds):
-        engine = VLLMEngine(untied.vllm_generation, request_seeds)
+        engine = VLLMEngine(untied.vllm_generation.llm, {"temperature": 1.0}, request_seeds)
         engine.submit([RolloutRequest(str(index), [5, 6, 7], 20, seed=3) for index in range(2)])
         rollouts = []
         while engine._in_flight:
@@ -232,7 +231,7 @@ def test_interrupt_leaves_the_engine_empty(untied):
 
     growers = [TreeGrower([5, 6, 7], GrowthSettings(max_completion_length=20), StepSplitter(untied.processing_class))]
     with pytest.raises(KeyboardInterrupt):
-        drive(growers, VLLMEngine(untied.vllm_generation), Interrupted())
+        drive(growers, VLLMEngine(untied.vllm_generation.llm, {}), Interrupted())
     assert not in_engine(untied)
 
 

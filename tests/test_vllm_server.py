@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import pytest
 import tiny
@@ -27,8 +28,6 @@ SAMPLING = {
     "top_p": 1.0,
     "top_k": 0,
     "min_p": 0.0,
-    "n": 1,
-    "logprobs": 0,
     "skip_special_tokens": False,  # as a user's `generation_kwargs` would be passed on
 }
 
@@ -69,10 +68,11 @@ def grow(client, tokenizer, lookahead=0, scorer=None):
         for index, row in enumerate(list(tiny.questions())[:3])
     ]
     max_length = client.get_server_info()["model_config"]["max_model_len"]
-    with VLLMServerEngine(client, SAMPLING, max_length).awake() as engine:
+    with closing(VLLMServerEngine(client, SAMPLING, max_length)) as engine:
         assert engine.max_length == 256
         drive(growers, engine, scorer or EvenTokens())
         assert not engine._in_flight
+    assert engine._executor._shutdown
     return growers
 
 

@@ -185,7 +185,7 @@ ROWS = {
         ValueError,
         r"`shared_token_weight` is 'twice'; .* \['per_trajectory', 'once'\]",
     ),
-    "no delimiter": ({"step_delimiter": ""}, ValueError, r"`step_delimiter` is empty; .* for example '\\n\\n'"),
+    "no delimiter": ({"step_delimiter": ""}, ValueError, r"`step_delimiter` is ''; it must be the text .* '\\n\\n'"),
     "delimiter as a number": (
         {"step_delimiter": 10},
         ValueError,

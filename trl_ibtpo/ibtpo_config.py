@@ -1,5 +1,6 @@
 """What a user sets: `GRPOConfig` and the tree."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from math import isfinite, lcm
 from numbers import Real
@@ -10,6 +11,66 @@ from trl import GRPOConfig
 from .advantages import ADVANTAGES
 from .branching import STRATEGIES
 from .growth import GrowthSettings
+
+
+def _is_whole(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _is_range(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_number, value)) and value[0] < value[1]
+
+
+# Fields, what must hold for each alone, and how that is said.
+RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "tree_initial_rollouts tree_levels tree_nodes_per_level tree_branches_per_node gradient_accumulation_steps",
+        _is_whole,
+        "a whole number of at least 1",
+    ),
+    (
+        "per_device_train_batch_size",
+        lambda value: value is None or _is_whole(value),
+        "a whole number of at least 1, or None for one tree",
+    ),
+    ("branch_lookahead", lambda value: _is_whole(value, 0), "a whole number from 0 (the paper)"),
+    (
+        "max_completion_length",
+        _is_whole,
+        "a whole number of at least 1: a branch may use what its prefix left of it",
+    ),
+    (
+        "temperature",
+        _is_positive,
+        "positive (the paper uses 0.7), or all rollouts from a step would be the same",
+    ),
+    ("ib_beta", _is_positive, "positive (the paper uses 5)"),
+    ("ib_coef", _is_number, "a number (the paper uses 0.1)"),
+    (
+        "success_range",
+        lambda value: value is None or _is_range(value),
+        "the lowest and the highest value of the reward that says whether a completion is right, two finite numbers, "
+        "for example (-1.0, 1.5)",
+    ),
+    (
+        "reward_timeout",
+        lambda value: value is None or _is_positive(value),
+        "a positive number of seconds, for example 30, or None for no limit",
+    ),
+    (
+        "step_delimiter",
+        lambda value: isinstance(value, str) and value != "",
+        "the text that ends a step, for example '\\n\\n'",
+    ),
+)
 
 
 @dataclass
@@ -312,70 +373,24 @@ class IBTPOConfig(GRPOConfig):
         return (self.branches and self.branching == "ib") or (self.advantage == "ibtpo" and self.ib_coef != 0)
 
     def _check_tree(self) -> None:
-        for name in ("tree_initial_rollouts", "tree_levels", "tree_nodes_per_level", "tree_branches_per_node"):
-            if not _is_whole(getattr(self, name), 1):
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be a whole number of at least 1.")
-        if not _is_whole(self.branch_lookahead, 0):
-            raise ValueError(
-                f"`branch_lookahead` is {self.branch_lookahead!r}; it must be a whole number from 0 (the paper)."
-            )
+        for names, holds, rule in RULES:
+            for name in names.split():
+                if not holds(getattr(self, name)):
+                    raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be {rule}.")
+        for each in fields(self):
+            choices = each.metadata.get("choices")
+            if each.name in IBTPOConfig.__annotations__ and choices and getattr(self, each.name) not in choices:
+                raise ValueError(f"`{each.name}` is {getattr(self, each.name)!r}; it must be one of {choices}.")
         if self.growth_settings.leaves < 2:
             raise ValueError(
                 f"The tree has one trajectory (`tree_initial_rollouts` is {self.tree_initial_rollouts}, `tree_levels` "
                 f"is {self.tree_levels}), but advantages compare at least 2. Raise one of them."
             )
-        if not _is_whole(self.max_completion_length, 1):
-            raise ValueError(
-                f"`max_completion_length` is {self.max_completion_length!r}; it must be a whole number of at least 1: "
-                "a branch may use what its prefix left of it."
-            )
-        if not (_is_number(self.temperature) and self.temperature > 0):
-            raise ValueError(
-                f"`temperature` is {self.temperature!r}; it must be positive (the paper uses 0.7), or all rollouts "
-                "from a step would be the same."
-            )
-        if not (_is_number(self.ib_beta) and self.ib_beta > 0):
-            raise ValueError(f"`ib_beta` is {self.ib_beta!r}; it must be positive (the paper uses 5).")
-        if not _is_number(self.ib_coef):
-            raise ValueError(f"`ib_coef` is {self.ib_coef!r}; it must be a number (the paper uses 0.1).")
         if self.success_range is not None:
-            self._check_success_range()
-        if self.reward_timeout is not None and not (_is_number(self.reward_timeout) and self.reward_timeout > 0):
-            raise ValueError(
-                f"`reward_timeout` is {self.reward_timeout!r}; it must be a positive number of seconds, for example "
-                "30, or None for no limit."
-            )
-        if not self.step_delimiter:
-            raise ValueError("`step_delimiter` is empty; give the text that ends a step, for example '\\n\\n'.")
-        if not isinstance(self.step_delimiter, str):
-            raise ValueError(
-                f"`step_delimiter` is {self.step_delimiter!r}; it must be the text that ends a step, for example "
-                "'\\n\\n'."
-            )
-        for name, choices in (
-            ("branching", list(STRATEGIES)),
-            ("advantage", list(ADVANTAGES)),
-            ("step_confidence", ["geometric_mean", "joint"]),
-            ("shared_token_weight", ["per_trajectory", "once"]),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be one of {choices}.")
-
-    def _check_success_range(self) -> None:
-        given = self.success_range
-        numbers = tuple(given) if isinstance(given, (list, tuple)) else ()
-        if not (len(numbers) == 2 and all(map(_is_number, numbers)) and numbers[0] < numbers[1]):
-            raise ValueError(
-                f"`success_range` is {given!r}; it must be the lowest and the highest value of the reward that says "
-                "whether a completion is right, two finite numbers, for example (-1.0, 1.5)."
-            )
-        self.success_range = numbers
+            self.success_range = tuple(self.success_range)
 
     def _check_whole_trees(self) -> None:
         """Trees never span processes, so each process must generate whole trees."""
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            if not _is_whole(getattr(self, name), 1):
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be a whole number of at least 1.")
         group = self.num_generations
         if self.generation_batch_size is not None:
             # How many processes share it is known only later; the trainer checks the share of each.
@@ -402,11 +417,3 @@ class IBTPOConfig(GRPOConfig):
                 f"`{steps_name}` = {numbers}, ... with `per_device_train_batch_size` = "
                 f"{self.per_device_train_batch_size}."
             )
-
-
-def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)

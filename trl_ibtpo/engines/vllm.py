@@ -1,44 +1,22 @@
-"""Rollouts with vLLM: trees grow inside the continuous batch of an engine that TRL made.
+"""Rollouts with vLLM inside this process: trees grow in its continuous batch.
 
-`VLLMEngine` drives the colocated engine: `submit` adds requests, `poll` is one engine step, so trees at different
-rounds share every batch. `VLLMServerEngine` sends each rollout to a `vllm serve` of its own requests. Prefixes are
+`submit` adds requests and `poll` is one engine step, so trees at different rounds share every batch. Prefixes are
 token ids, so vLLM's prefix cache (on by default) finds the blocks that earlier rollouts left behind.
 """
 
 import itertools
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
 from typing import Any
-
-from transformers.utils import logging
-from trl.generation.vllm_generation import VLLMGeneration
 
 from .base import Rollout, RolloutRequest
 
-logger = logging.get_logger(__name__)
-
-
-def sampling_arguments(generation: VLLMGeneration) -> dict[str, Any]:
-    """What TRL samples with, as arguments of vLLM's `SamplingParams`; budget and seed come with each request."""
-    return {
-        "repetition_penalty": generation.repetition_penalty,
-        "temperature": generation.temperature,
-        "top_p": generation.top_p,
-        "top_k": generation.top_k,
-        "min_p": generation.min_p or 0.0,
-        **generation.generation_kwargs,
-        "n": 1,
-        "logprobs": 0,  # the sampled token's
-    }
-
 
 class VLLMEngine:
-    """The colocated engine.
-
-    Use `awake` around a generation batch.
+    """An engine inside this process.
 
     Args:
-        generation: TRL's, in colocate mode, its weights in sync.
+        llm: vLLM's `LLM`.
+        sampling: arguments of vLLM's `SamplingParams`, such as `temperature`; the budget comes with each request.
         request_seeds: sample each request from its own seed, so that a rollout depends on its prefix and seed alone,
             not on what else is in the batch.
     """
@@ -46,38 +24,25 @@ class VLLMEngine:
     clock = "tokens"
     _numbers = itertools.count()  # makes request ids unique in an engine that outlives this object
 
-    def __init__(self, generation: VLLMGeneration, request_seeds: bool = True):
+    def __init__(self, llm: Any, sampling: dict[str, Any], request_seeds: bool = True):
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        self._generation = generation
-        self._request_seeds = request_seeds
-        self._llm_engine = generation.llm.llm_engine
+        self._llm_engine = llm.llm_engine
         self.max_length = _longest_request(self._llm_engine.vllm_config)
-        self._sampling = {
-            **sampling_arguments(generation),
-            "output_kind": RequestOutputKind.FINAL_ONLY,
-            "detokenize": bool(generation.generation_kwargs.get("stop")),
-        }
         self._sampling_params = SamplingParams
+        self._sampling = {
+            **sampling,
+            "n": 1,
+            "logprobs": 0,  # the sampled token's
+            "output_kind": RequestOutputKind.FINAL_ONLY,
+            "detokenize": bool(sampling.get("stop")),
+        }
+        self._request_seeds = request_seeds
         self._in_flight: dict[str, Hashable] = {}  # what vLLM was given as the id of a request, to ours
         self._internal: dict[Hashable, str] = {}  # ours to the id that vLLM makes of what it is given
         self.cached_tokens = 0  # prefix tokens that were not computed again
         self.prefix_tokens = 0
-
-    @contextmanager
-    def awake(self) -> Iterator["VLLMEngine"]:
-        """Keep the engine awake from the first to the last rollout; it sleeps once, after them."""
-        generation = self._generation
-        if generation.enable_sleep_mode:
-            generation.llm.wake_up(tags=["kv_cache"])
-        try:
-            yield self
-        finally:
-            if generation.enable_sleep_mode:
-                # Level 2 drops weights and prefix cache; TRL pushes the weights again before the next batch.
-                generation.llm.sleep(level=2)
-                generation._llm_weights_sleeping = True
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
         for request in requests:
@@ -132,25 +97,3 @@ def _longest_request(vllm_config: Any) -> int:
     scheduler = vllm_config.scheduler_config
     longest = vllm_config.model_config.max_model_len
     return longest if scheduler.enable_chunked_prefill else min(longest, scheduler.max_num_batched_tokens)
-
-
-def check_room(prompt_length: int, max_completion_length: int, max_length: int) -> int:
-    """Completion tokens that fit behind a question.
-
-    vLLM shortens a completion that does not fit without a word; here it is said once. A question that leaves no room
-    at all is an error.
-    """
-    room = max_length - prompt_length
-    if room < 1:
-        raise ValueError(
-            f"A prompt has {prompt_length} tokens, but vLLM's context holds {max_length} for prompt and completion "
-            f"together. Set `vllm_max_model_length` to at least {prompt_length + max_completion_length} (prompt plus "
-            "`max_completion_length`), or drop long prompts from the dataset."
-        )
-    if room < max_completion_length:
-        logger.warning_once(
-            f"A prompt of {prompt_length} tokens leaves {room} of the {max_completion_length} tokens of "
-            f"`max_completion_length`, since vLLM's context holds {max_length}. Raise `vllm_max_model_length` to use "
-            "all of them. Said once."
-        )
-    return min(room, max_completion_length)

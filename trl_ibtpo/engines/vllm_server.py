@@ -1,9 +1,8 @@
 """Rollouts with a `vllm serve` on another machine."""
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from typing import Any
 
 from .base import Rollout, RolloutRequest
@@ -18,35 +17,20 @@ class VLLMServerEngine:
 
     Args:
         client: TRL's `VLLMClient`.
-        sampling: see `sampling_arguments`.
+        sampling: arguments of `client.generate`; others are passed on to the server.
         max_length: of the server's model, question and completion together.
         request_seeds: see `VLLMEngine`.
-        max_concurrent_requests: open connections at a time.
     """
 
     clock = "arrival"
 
-    def __init__(
-        self,
-        client: Any,
-        sampling: dict[str, Any],
-        max_length: int,
-        request_seeds: bool = True,
-        max_concurrent_requests: int = 256,
-    ):
+    def __init__(self, client: Any, sampling: dict[str, Any], max_length: int, request_seeds: bool = True):
         self.max_length = max_length
         self._request_seeds = request_seeds
         self._client = client
-        self._sampling = {key: value for key, value in sampling.items() if key != "n"}
-        self._executor = ThreadPoolExecutor(max_workers=max_concurrent_requests)
+        self._sampling = sampling
+        self._executor = ThreadPoolExecutor(max_workers=256)  # open connections at a time
         self._in_flight: dict[Future, Hashable] = {}
-
-    @contextmanager
-    def awake(self) -> Iterator["VLLMServerEngine"]:
-        try:
-            yield self
-        finally:
-            self._executor.shutdown(wait=False, cancel_futures=True)
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
         for request in requests:
@@ -68,13 +52,18 @@ class VLLMServerEngine:
         wait(running)
         self._in_flight.clear()
 
+    def close(self) -> None:
+        """End the threads; whoever makes an engine closes it."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
     def _generate(self, request: RolloutRequest) -> tuple[list[int], list[float]]:
-        known = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p", "logprobs")
-        extra = {key: value for key, value in self._sampling.items() if key not in known}
+        known = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p")
+        others = {key: value for key, value in self._sampling.items() if key not in known}
         output = self._client.generate(
             prompts=[request.prefix_ids],
             max_tokens=request.max_tokens,
-            generation_kwargs={**extra, "seed": request.seed} if self._request_seeds else extra,
+            logprobs=0,  # the sampled token's
+            generation_kwargs={**others, "seed": request.seed} if self._request_seeds else others,
             **{key: self._sampling[key] for key in known},
         )
         logprobs = [math.nan if values[0] is None else values[0] for values in output["logprobs"][0]]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .estimates import pass_at_k, summarise
-from .samples import SamplesFile, SamplingSettings, question_seed
+from .samples import SamplesFile, SamplingSettings, seed_of
 
 # Short names of the field's benchmarks; any other name is taken as the harness's own.
 TASKS = {
@@ -55,13 +55,13 @@ def evaluate_task(
     manager = _task_manager(include_path)
     _check_task(manager, name)
     fingerprint = {**asdict(settings), "task": name}
-    with SamplesFile(samples, fingerprint) as records:
-        model = None
-        for index in range(settings.num_samples):
-            if index not in records:
-                model = model or _load_model(settings, engine_arguments or {})
-                records.append({"index": index, **_run(model, manager, name, settings, index)})
-        passes = [records[index]["values"] for index in range(settings.num_samples)]
+    records = SamplesFile(samples, fingerprint)
+    model = None
+    for index in range(settings.num_samples):
+        if index not in records:
+            model = model or _load_model(settings, engine_arguments or {})
+            records.append({"index": index, **_run(model, manager, name, settings, index)})
+    passes = [records[index]["values"] for index in range(settings.num_samples)]
     metrics = []
     for key in passes[0]:
         by_question = list(zip(*(values[key] for values in passes), strict=True))  # (Q, n)
@@ -125,7 +125,7 @@ def _run(model: Any, manager: Any, name: str, settings: SamplingSettings, index:
     """One pass: each number that the harness gives for a question, in the order of the questions, and completions."""
     from lm_eval import simple_evaluate
 
-    seed = question_seed(settings.seed, index)
+    seed = seed_of(settings.seed, index)
     sampling = {"do_sample": False, "temperature": 0.0}
     if settings.temperature > 0:
         sampling = {

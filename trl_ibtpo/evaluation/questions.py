@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from .estimates import pass_at_k, summarise
-from .samples import ENGINES, SamplesFile, SamplingSettings, encode_prompts
+from .samples import ENGINES, SamplesFile, SamplingSettings, encode_prompts, load_tokenizer, sample
 
 QUESTION_FIELDS = ("question", "problem", "prompt")
 ANSWER_FIELDS = ("answer", "solution")
@@ -119,17 +119,22 @@ def evaluate(
     questions = read_questions(data)
     graders = [Grader(question.answer) for question in questions]  # an unreadable answer is found before sampling
     fingerprint = {**asdict(settings), "data_sha256": hashlib.sha256(Path(data).read_bytes()).hexdigest()}
-    with SamplesFile(samples, fingerprint) as records:
-        prompt_ids = encode_prompts(settings, [question.prompt for question in questions])
-        missing = {index: ids for index, ids in enumerate(prompt_ids) if index not in records}
-        sampled = ENGINES[settings.engine](settings, missing, engine_arguments or {}) if missing else ()
-        progress = tqdm(sampled, desc="Evaluating", unit="question", total=len(questions), initial=len(records))
-        for index, completions, tokens in progress:
+    records = SamplesFile(samples, fingerprint)
+    prompt_ids = encode_prompts(settings, [question.prompt for question in questions])
+    missing = {index: ids for index, ids in enumerate(prompt_ids) if index not in records}
+    if missing:
+        longest = max(map(len, prompt_ids)) + settings.max_new_tokens
+        engine = ENGINES[settings.engine](settings, longest, engine_arguments or {})
+        decode = load_tokenizer(settings.model).batch_decode
+        progress = tqdm(desc="Evaluating", unit="question", total=len(questions), initial=len(records))
+        for index, token_ids in sample(settings, missing, engine):
+            completions = decode(token_ids, skip_special_tokens=True)
             correct = [graders[index](completion) for completion in completions]
-            answer = questions[index].answer
-            row = {"index": index, "answer": answer, "completions": completions, "tokens": tokens, "correct": correct}
-            records.append(row)
-        rows = [records[index] for index in range(len(questions))]
+            record = {"index": index, "answer": questions[index].answer, "completions": completions}
+            records.append({**record, "tokens": [len(ids) for ids in token_ids], "correct": correct})
+            progress.update()
+        progress.close()
+    rows = [records[index] for index in range(len(questions))]
     lengths = np.array([row["tokens"] for row in rows])
     return {
         "settings": fingerprint,

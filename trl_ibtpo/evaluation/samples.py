@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ..engines.base import RolloutEngine, RolloutRequest
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
@@ -44,88 +46,76 @@ class SamplingSettings:
             )
 
 
-# index of the question, then text and number of tokens of each of its completions
-Sampled = tuple[int, list[str], list[int]]
+def _start_vllm(settings: SamplingSettings, longest: int, arguments: dict[str, Any]) -> RolloutEngine:
+    from vllm import LLM
 
-
-def sample_with_vllm(
-    settings: SamplingSettings, prompt_ids: dict[int, list[int]], engine_arguments: dict[str, Any]
-) -> Iterator[Sampled]:
-    """All questions at once in one engine; each is yielded as soon as its completions are finished."""
-    from vllm import LLM, SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
+    from ..engines.vllm import VLLMEngine
     from ..engines.vllm_cpu import runs_on_cpu
 
-    length = max(map(len, prompt_ids.values())) + settings.max_new_tokens
     if runs_on_cpu():  # it cannot take back a seeded sample after one part of a prompt
-        engine_arguments = {
-            **engine_arguments,
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(2048, length),
-        }
-    engine = LLM(model=settings.model, max_model_len=length, **engine_arguments).llm_engine
-    for index, ids in prompt_ids.items():
-        parameters = SamplingParams(
-            n=settings.num_samples,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            max_tokens=settings.max_new_tokens,
-            seed=question_seed(settings.seed, index),
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        engine.add_request(str(index), {"prompt_token_ids": ids}, parameters)
-    while engine.has_unfinished_requests():
-        for output in engine.step():
-            if output.finished:
-                texts = [completion.text for completion in output.outputs]
-                yield int(output.request_id), texts, [len(completion.token_ids) for completion in output.outputs]
+        parts = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(2048, longest)}
+        arguments = {**arguments, **parts}
+    sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+    return VLLMEngine(LLM(model=settings.model, max_model_len=longest, **arguments), sampling)
 
 
-def sample_with_transformers(
-    settings: SamplingSettings, prompt_ids: dict[int, list[int]], engine_arguments: dict[str, Any]
-) -> Iterator[Sampled]:
-    """One question at a time, all its completions in one batch."""
-    import torch
+def _start_transformers(settings: SamplingSettings, longest: int, arguments: dict[str, Any]) -> RolloutEngine:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
+    from ..engines.transformers import TransformersEngine
+
     tokenizer = load_tokenizer(settings.model)
-    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype="auto", device_map="auto", **engine_arguments)
-    model.eval()
-    stop_ids = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    stop_ids = [stop_ids] if isinstance(stop_ids, int) else list(stop_ids or [])
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stop_ids or [0])[0]
-    sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
-    # Replaced rather than passed on, since `generate` fills what is not set from the checkpoint's own.
-    model.generation_config = GenerationConfig(
-        do_sample=settings.temperature > 0,
-        num_return_sequences=settings.num_samples,
-        max_new_tokens=settings.max_new_tokens,
-        eos_token_id=stop_ids or None,
+    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype="auto", device_map="auto", **arguments).eval()
+    pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # any token will do
+    greedy = settings.temperature == 0
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0 if greedy else settings.temperature,
+        top_p=settings.top_p,
+        top_k=1 if greedy else settings.top_k,
+        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
         pad_token_id=pad_id,
-        **(sampling if settings.temperature > 0 else {}),
     )
-    for index, ids in prompt_ids.items():
-        torch.manual_seed(question_seed(settings.seed, index))
-        input_ids = torch.tensor([ids], device=model.device)
-        with torch.inference_mode():
-            sequences = model.generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
-        completions = [_until_stop(row, stop_ids) for row in sequences[:, len(ids) :].tolist()]
-        yield index, tokenizer.batch_decode(completions, skip_special_tokens=True), [len(row) for row in completions]
+    model.generation_config = GenerationConfig()  # `generate` would fill what is not set from the checkpoint's own
+    return TransformersEngine(model, config, pad_id, request_seeds=True)
 
 
-ENGINES = {"vllm": sample_with_vllm, "transformers": sample_with_transformers}
+# From settings, the most tokens of a question with its completion, and further arguments of vLLM's `LLM` or
+# transformers' `from_pretrained`.
+ENGINES = {"vllm": _start_vllm, "transformers": _start_transformers}
 
 
-def question_seed(seed: int, index: int) -> int:
-    """Seed of one question, so that what it is given does not depend on what was sampled before it."""
-    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+def sample(
+    settings: SamplingSettings, prompt_ids: dict[int, list[int]], engine: RolloutEngine
+) -> Iterator[tuple[int, list[list[int]]]]:
+    """Token ids of the completions of every question, with its number, as soon as they are finished."""
+    # Where a poll is one batch, a question has it for itself: in another batch, rounding might change a sample.
+    batches = [[index] for index in prompt_ids] if engine.clock == "polls" else [list(prompt_ids)]
+    for batch in batches:
+        engine.submit(
+            [
+                RolloutRequest(
+                    request_id=(index, number),
+                    prefix_ids=prompt_ids[index],
+                    max_tokens=settings.max_new_tokens,
+                    seed=seed_of(settings.seed, index, number),
+                )
+                for index in batch
+                for number in range(settings.num_samples)
+            ]
+        )
+        finished: dict[int, dict[int, list[int]]] = {index: {} for index in batch}
+        while finished:
+            for rollout in engine.poll():
+                index, number = rollout.request_id
+                finished[index][number] = rollout.token_ids
+                if len(finished[index]) == settings.num_samples:
+                    yield index, [token_ids for _, token_ids in sorted(finished.pop(index).items())]
 
 
-def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
-    """Without the padding behind the first stop token."""
-    return ids[: next((position + 1 for position, token in enumerate(ids) if token in stop_ids), len(ids))]
+def seed_of(*numbers: int) -> int:
+    """One seed from several numbers, for example of the run, the question and the sample."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def load_tokenizer(model: str):
@@ -169,10 +159,10 @@ def encode_prompts(settings: SamplingSettings, questions: Sequence[str | list[di
     return prompt_ids
 
 
-class SamplesFile:
-    """A JSONL whose first line holds the settings and every further line one record with its `index`.
+class SamplesFile(dict[int, dict[str, Any]]):
+    """Records by their `index`, kept in a JSONL whose first line holds the settings and every further one a record.
 
-    Use it as a context manager. A last line that a kill left unfinished is taken off again.
+    A last line that a kill left unfinished is taken off again.
 
     Args:
         path: the file; `None` keeps the records in memory only.
@@ -180,56 +170,36 @@ class SamplesFile:
     """
 
     def __init__(self, path: str | Path | None, settings: dict[str, Any]):
+        super().__init__()
         self._path = None if path is None else Path(path)
-        self._records: dict[int, dict[str, Any]] = {}
-        self._file = None
-        if self._path is not None and self._path.exists():
-            self._read(settings)
-        if self._path is not None:
+        if self._path is not None and not (self._path.exists() and self._read(settings)):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a", encoding="utf-8")
-            if self._file.tell() == 0:
-                self._write({"settings": settings})
-
-    def __enter__(self) -> "SamplesFile":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __contains__(self, index: int) -> bool:
-        return index in self._records
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._records[index]
+            self._write({"settings": settings})
 
     def append(self, record: dict[str, Any]) -> None:
         """Keep a record under its `index` and write it out at once."""
-        self._records[record["index"]] = record
-        if self._file is not None:
-            self._write(record)
+        self[record["index"]] = record
+        self._write(record)
 
     def _write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
-    def _read(self, settings: dict[str, Any]) -> None:
+    def _read(self, settings: dict[str, Any]) -> bool:
+        """Take over the records of the file; whether it holds settings."""
         content = self._path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]  # a line counts when its end was written
         try:
             rows = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
             found = rows[0]["settings"] if rows else settings
-            self._records = {row["index"]: row for row in rows[1:]}
+            self.update({row["index"]: row for row in rows[1:]})
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self._path} is not a samples file of an evaluation. Give another name.") from error
         differing = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
         if differing:
             words = ", ".join(f"{name}: {found.get(name)!r} there, {settings.get(name)!r} now" for name in differing)
             raise ValueError(f"{self._path} was made with other settings ({words}). Give another name, or delete it.")
-        if len(whole) < len(content):
-            with self._path.open("r+b") as file:
-                file.truncate(len(whole))
+        with self._path.open("r+b") as file:
+            file.truncate(len(whole))
+        return bool(rows)

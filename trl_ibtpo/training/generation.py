@@ -1,28 +1,41 @@
 """Where a trainer's trees come from: its engine, its prompts and its reward functions, put together for growth."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
 from tqdm.auto import tqdm
+from transformers.utils import logging
 from trl.chat_template_utils import parse_response
 from trl.data_utils import is_conversational
 from trl.extras.profiling import profiling_context
 from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import unwrap_model_for_generation
 
 from ..engines.base import RolloutEngine
 from ..engines.transformers import TransformersEngine, unsharded
-from ..engines.vllm import VLLMEngine, check_room, sampling_arguments
+from ..engines.vllm import VLLMEngine
 from ..engines.vllm_server import VLLMServerEngine
 from ..growth import GrownTree, TreeGrower, drive
 from . import checks
 from .rewards import RewardScorer
 
+logger = logging.get_logger(__name__)
+
 
 class TreeGeneration:
     """For a `GRPOTrainer` with an `IBTPOConfig`: grows trees with the current policy."""
+
+    _last_batch = (-1, 0)  # optimizer step, and which of its generation batches
+
+    def _next_batch(self) -> int:
+        """Which generation batch of its optimizer step the coming one is; 0 where a step needs but one."""
+        last_step, number = self._last_batch
+        number = number + 1 if last_step == self.state.global_step else 0
+        self._last_batch = self.state.global_step, number
+        return number
 
     def grow_trees(self, rows: list[dict[str, Any]]) -> list[GrownTree]:
         """Grow one tree per dataset row with the current policy, as a training step would, without training on it.
@@ -42,7 +55,9 @@ class TreeGeneration:
             raise ValueError(checks.NO_IMAGES)
         return self._grow(inputs, prompt_ids)[0]
 
-    def _grow(self, inputs: list[dict[str, Any]], prompt_ids: list[list[int]]) -> tuple[list[GrownTree], RewardScorer]:
+    def _grow(
+        self, inputs: list[dict[str, Any]], prompt_ids: list[list[int]], batch: int = 0
+    ) -> tuple[list[GrownTree], RewardScorer]:
         """Grow one tree for each run of G equal prompts; makes no collective call while trees grow."""
         scorer = self._make_scorer(inputs, self.num_generations, self._decoder(inputs, prompt_ids))
         with (
@@ -56,13 +71,13 @@ class TreeGeneration:
                 disable=self.args.disable_tqdm or not self.accelerator.is_main_process,
             ) as progress,
         ):
-            growers = self._plant(prompt_ids, engine)
+            growers = self._plant(prompt_ids, engine, batch)
             drive(growers, engine, scorer, on_rollout=progress.update)
         scorer.warn_of_timeouts()
         return [grower.grown() for grower in growers], scorer
 
-    def _plant(self, prompt_ids: list[list[int]], engine: RolloutEngine) -> list[TreeGrower]:
-        """One grower for each run of G equal prompts."""
+    def _plant(self, prompt_ids: list[list[int]], engine: RolloutEngine, batch: int) -> list[TreeGrower]:
+        """One grower for each run of G equal prompts, whose seeds number the prompts of an optimizer step."""
         group, settings = self.num_generations, self.args.growth_settings
         growers = []
         for start in range(0, len(prompt_ids), group):
@@ -76,7 +91,8 @@ class TreeGeneration:
             if engine.max_length is not None:
                 budget = check_room(len(rows[0]), budget, engine.max_length)
             checks.check_prompt(rows[0], self.model)
-            prompt_index = self.accelerator.process_index * len(prompt_ids) // group + len(growers)
+            share = batch * self.accelerator.num_processes + self.accelerator.process_index
+            prompt_index = share * len(prompt_ids) // group + len(growers)
             growers.append(
                 TreeGrower(
                     rows[0],
@@ -93,7 +109,8 @@ class TreeGeneration:
         """The rollout engine, holding what generation needs (weights in sync or gathered) until the batch is grown."""
         if self.use_vllm:
             self._sync_vllm()
-            with self._vllm_engine().awake() as engine:
+            engine = self._vllm_engine()
+            with _awake(self.vllm_generation) if self.vllm_mode == "colocate" else closing(engine):
                 yield engine
             return
         with (
@@ -130,9 +147,9 @@ class TreeGeneration:
                 self.accelerator.wait_for_everyone()
 
     def _vllm_engine(self) -> VLLMEngine | VLLMServerEngine:
-        if self.vllm_mode == "colocate":
-            return VLLMEngine(self.vllm_generation, request_seeds=self.args.reproducible_rollouts)
         generation = self.vllm_generation
+        if self.vllm_mode == "colocate":
+            return VLLMEngine(generation.llm, sampling_arguments(generation), self.args.reproducible_rollouts)
         if not hasattr(generation, "vllm_client"):  # TRL connects the main process alone
             generation.vllm_client = VLLMClient(
                 base_url=generation.server_base_url or f"http://{generation.server_host}:{generation.server_port}",
@@ -187,3 +204,51 @@ class TreeGeneration:
             device=self.accelerator.device,
             timeout=self.args.reward_timeout,
         )
+
+
+@contextmanager
+def _awake(generation: VLLMGeneration) -> Iterator[None]:
+    """Keep the colocated engine awake from the first to the last rollout; it sleeps once, after them."""
+    if generation.enable_sleep_mode:
+        generation.llm.wake_up(tags=["kv_cache"])
+    try:
+        yield
+    finally:
+        if generation.enable_sleep_mode:
+            # Level 2 drops weights and prefix cache; TRL pushes the weights again before the next batch.
+            generation.llm.sleep(level=2)
+            generation._llm_weights_sleeping = True
+
+
+def sampling_arguments(generation: VLLMGeneration) -> dict[str, Any]:
+    """What TRL samples with, as arguments of vLLM's `SamplingParams`; budget and seed come with each request."""
+    return {
+        "repetition_penalty": generation.repetition_penalty,
+        "temperature": generation.temperature,
+        "top_p": generation.top_p,
+        "top_k": generation.top_k,
+        "min_p": generation.min_p or 0.0,
+        **generation.generation_kwargs,
+    }
+
+
+def check_room(prompt_length: int, max_completion_length: int, max_length: int) -> int:
+    """Completion tokens that fit behind a question.
+
+    vLLM shortens a completion that does not fit without a word; here it is said once. A question that leaves no room
+    at all is an error.
+    """
+    room = max_length - prompt_length
+    if room < 1:
+        raise ValueError(
+            f"A prompt has {prompt_length} tokens, but vLLM's context holds {max_length} for prompt and completion "
+            f"together. Set `vllm_max_model_length` to at least {prompt_length + max_completion_length} (prompt plus "
+            "`max_completion_length`), or drop long prompts from the dataset."
+        )
+    if room < max_completion_length:
+        logger.warning_once(
+            f"A prompt of {prompt_length} tokens leaves {room} of the {max_completion_length} tokens of "
+            f"`max_completion_length`, since vLLM's context holds {max_length}. Raise `vllm_max_model_length` to use "
+            "all of them. Said once."
+        )
+    return min(room, max_completion_length)

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..growth import GrownTree
 from ..tree import RolloutTree
+from .lines import one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,7 +80,7 @@ def draw_tree(
 
     axes.set(xlim=(-0.02 * width, 1.04 * width), ylim=(len(tree.leaves) - 0.4, -0.8), yticks=[])
     axes.set_xlabel("tokens of the completion")
-    axes.set_title(_printable(title), loc="left", fontsize=11, **_PLAIN)
+    axes.set_title(_in_font(one_line(title)), loc="left", fontsize=11, **_PLAIN)
     axes.spines[["left", "right", "top"]].set_visible(False)
     figure.colorbar(nodes, ax=axes, label="reward density p(s)", pad=0.01, aspect=30)
     point = {"linestyle": "none", "markeredgecolor": "black", "markerfacecolor": "none"}
@@ -129,7 +130,7 @@ def draw_learning_curve(
             axes.axhline(value, color="#1b7837", linestyle=style, label=f"held-out accuracy {name}: {value:.0%}")
     low, high = min(0, axes.dataLim.y0), max(1, axes.dataLim.y1)  # rates always alike; a reward may need more room
     axes.set(xlabel="training step", ylim=(low - 0.03 * (high - low), high + 0.03 * (high - low)))
-    axes.set_title(_printable(title), loc="left", **_PLAIN)
+    axes.set_title(_in_font(one_line(title)), loc="left", **_PLAIN)
     axes.grid(alpha=0.25)
     axes.spines[["right", "top"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
@@ -172,21 +173,18 @@ def _rounds(tree: RolloutTree) -> dict[int, list[int]]:
     return rounds
 
 
-def _printable(text: str) -> str:
-    """`text` on one line; a square for every character that the font cannot show."""
+def _in_font(text: str) -> str:
+    """A square for every character that the font cannot show."""
     from matplotlib.font_manager import findfont, get_font
 
     font = get_font(findfont(None))
-    text = " ".join(text.split())
-    return "".join(char if char.isprintable() and font.get_char_index(ord(char)) else "\u25a1" for char in text)
+    return "".join(char if font.get_char_index(ord(char)) else "\u25a1" for char in text)
 
 
 def _shorten(text: str, length: int) -> str:
     """At most `length` characters of `text`; nothing where that would say nothing."""
-    text = _printable(text[: 4 * max(length, 0) + 64])
-    if len(text) <= length:
-        return text
-    return text[: length - 1] + "\u2026" if length >= 6 else ""
+    text = _in_font(one_line(text[: 4 * max(length, 0) + 64], max(length, 6)))
+    return text if len(text) <= length else ""
 
 
 def _moving_mean(values: np.ndarray) -> np.ndarray:

@@ -1,0 +1,62 @@
+"""What the commands share: how arguments are read and refused, and how JSON is written."""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..viewing.lines import one_line
+
+
+class UsageError(Exception):
+    """Arguments that are wrong by themselves, whatever the files and the machine."""
+
+
+class OneLineErrors:
+    """Mixed into a parser: a wrong argument is one line, not a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {one_line(message)} ({self.prog} --help shows the arguments)\n")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is something to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        if isinstance(action.default, str) and not action.default.strip():
+            return f"{action.help} (default: %(default)r)"
+        return super()._get_help_string(action)
+
+
+class Parser(OneLineErrors, argparse.ArgumentParser):
+    """Options with underscores, as TRL's; hyphens are accepted too, and defaults are shown."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **{"formatter_class": HelpFormatter, "allow_abbrev": False, **kwargs})
+
+    def option(self, name: str, **kwargs: Any) -> None:
+        self.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **kwargs)
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unknown arguments: {' '.join(unknown)}")
+        return found
+
+
+def write_json(path: str | None, value: Any) -> None:
+    """Strict JSON: a figure that is not a number becomes null."""
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(_without_nan(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,108 @@
+"""`trl-ibtpo tree`: grow one tree, print it, draw it and write it as JSON."""
+
+import argparse
+import dataclasses
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..growth import GrownTree, GrowthSettings
+from .common import Parser, UsageError, write_json
+
+# Fields of IBTPOConfig that are arguments here, with their types, defaults and help there.
+CONFIG_FIELDS = [field.name for field in dataclasses.fields(GrowthSettings)]
+CONFIG_FIELDS += ["step_delimiter", "temperature", "top_p", "top_k"]
+
+
+def make_parser() -> Parser:
+    """The parser of this command; loads TRL."""
+    from ..ibtpo_config import IBTPOConfig
+
+    parser = Parser(
+        prog="trl-ibtpo tree",
+        description="Grow one tree of rollouts for a question, print it, and draw it. The success of a trajectory is "
+        "math-verify's verdict on it; without an answer it is unknown.",
+    )
+    parser.option("model", required=True, help="name on the Hub or folder")
+    question = parser.add_mutually_exclusive_group(required=True)
+    question.add_argument("--question", help="text")
+    question.add_argument("--question_file", "--question-file", metavar="FILE", help="file that holds the text")
+    parser.option("answer", help="the right answer, for example 42 or \\frac{1}{2}")
+    parser.option("no_chat_template", action="store_true", help="give the question to the model as it stands")
+    parser.option("use_vllm", action="store_true", help="generate with vLLM instead of transformers")
+    parser.option("seed", type=int, default=42, help="of the rollouts")
+    parser.option("out", metavar="FILE", help="picture to write: .png, .svg or .pdf")
+    parser.option("json", metavar="FILE", help="also write the tree to FILE")
+    for field in dataclasses.fields(IBTPOConfig):
+        if field.name in CONFIG_FIELDS:
+            is_switch = isinstance(field.default, bool)
+            kind = {"action": argparse.BooleanOptionalAction} if is_switch else {"type": type(field.default)}
+            parser.option(field.name, **kind, default=field.default, **field.metadata)
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Grow, print, draw and write."""
+    args = make_parser().parse_args(argv)
+
+    from rich.console import Console
+
+    from ..viewing.drawing import draw_tree
+    from ..viewing.text import describe_tree, render_tree
+
+    if args.out is not None and Path(args.out).suffix not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"--out is {args.out!r}; it must end with .png, .svg or .pdf.")
+    question = args.question if args.question is not None else Path(args.question_file).read_text(encoding="utf-8")
+    if not question.strip():
+        raise UsageError("The question is empty.")
+    grown, decode = _grow(args, question)
+    Console().print(render_tree(grown, decode, question))
+    if args.out is not None:
+        draw_tree(grown, args.out, title=question, decode=decode)
+    described = describe_tree(grown, decode)
+    write_json(args.json, {"question": question, "answer": args.answer, "arguments": vars(args), **described})
+    return 0
+
+
+def _grow(args: argparse.Namespace, question: str) -> tuple[GrownTree, Callable[[list[int]], str]]:
+    """One tree by the trainer's own way of growing them, and the tokenizer's decoder."""
+    import torch
+    from datasets import Dataset
+
+    from ..evaluation.questions import Grader
+    from ..evaluation.samples import load_tokenizer
+    from ..ibtpo_config import IBTPOConfig
+    from ..ibtpo_trainer import IBTPOTrainer
+
+    grader = None if args.answer is None else Grader(args.answer)
+
+    def success(completions: list, **kwargs: Any) -> list[float | None]:
+        texts = [each if isinstance(each, str) else each[0]["content"] for each in completions]
+        return [None if grader is None else float(grader(text)) for text in texts]
+
+    tokenizer = load_tokenizer(args.model)
+    chat = tokenizer.chat_template is not None and not args.no_chat_template
+    row = {"prompt": [{"role": "user", "content": question}] if chat else question}
+    on_gpu = torch.cuda.is_available()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            config = IBTPOConfig(
+                output_dir=folder,
+                **{name: getattr(args, name) for name in CONFIG_FIELDS},
+                seed=args.seed,
+                use_vllm=args.use_vllm,
+                reproducible_rollouts=True,
+                model_init_kwargs={"dtype": "auto"},
+                beta=0.0,  # no reference model
+                gradient_checkpointing=False,
+                bf16=on_gpu and torch.cuda.is_bf16_supported(),
+                use_cpu=not on_gpu,
+                report_to="none",
+            )
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        trainer = IBTPOTrainer(args.model, success, config, Dataset.from_list([row]), processing_class=tokenizer)
+        trainer.model.eval()
+        (grown,) = trainer.grow_trees([row])
+    return grown, tokenizer.decode
