@@ -24,6 +24,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
 
 docs: .venv/installed  # site/index.html
+	$(BIN)/python docs/hooks.py  # docs/configuration.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # torch first and with its dependencies: a plain `torch` would bring another build. The rest is pinned completely, so

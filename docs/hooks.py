@@ -4,7 +4,9 @@
   [`growth.TreeGrower`](../trl_ibtpo/growth.py), it goes to the line that defines the name, and the build fails when
   nothing does.
 - The overview is README.md.
-- `<!-- fields of IBTPOConfig -->` becomes the tables of fields, from its docstring and its defaults.
+- Formulas between dollar signs, which GitHub shows as they are, become MathML, which browsers show without a script.
+
+    python docs/hooks.py    # writes the fields of IBTPOConfig into docs/configuration.md; `make docs` does so first
 """
 
 import ast
@@ -15,15 +17,21 @@ from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+import latex2mathml.converter
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, InclusionLevel
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-LINK = re.compile(r"\[(?P<label>[^]\n]+)\]\((?P<target>[^):#\s]+)\)")
+README = ROOT / "README.md"
+LINK = re.compile(r"\[(?P<label>[^]\n]+)\]\((?P<target>[^):#\s]+)(?P<anchor>#[^)\s]+)?\)")
 NAME = re.compile(r"`([A-Za-z_][\w.]*)`")
-FIELDS_MARK = "<!-- fields of IBTPOConfig -->"
-GREEK = {"\\beta": "β", "\\lambda": "λ", "\\pi": "π"}
+# Code first, so that dollar signs in it are left alone; then a formula on lines of its own, then one within a line.
+FORMULA = re.compile(
+    r"^ *```.*?^ *```|`[^`\n]+`|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+)\$", re.DOTALL | re.MULTILINE
+)
+CONFIGURATION = DOCS / "configuration.md"
+FIELDS_MARK = "<!-- Below: written by `python docs/hooks.py` from IBTPOConfig. -->\n"
 
 
 def on_config(config):
@@ -33,9 +41,9 @@ def on_config(config):
 
 
 def on_files(files, config):
-    files.append(File.generated(config, "index.md", content=(ROOT / "README.md").read_text()))
-    pages = [ROOT / "README.md", *DOCS.rglob("*.md")]
-    sources = {path for page in pages for _, path in links(page.read_text(), page) if DOCS not in path.parents}
+    files.append(File.generated(config, "index.md", content=README.read_text()))
+    linked = {path for page in [README, *DOCS.rglob("*.md")] for _, path in links(page.read_text(), page)}
+    sources = {path for path in linked if path != README and DOCS not in path.parents}
     for path in sorted(sources):
         page = File.generated(config, source_page(path), content=show(path), inclusion=InclusionLevel.NOT_IN_NAV)
         files.append(page)
@@ -43,17 +51,43 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    place = ROOT / "README.md" if page.file.src_uri == "index.md" else DOCS / page.file.src_uri
+    place = README if page.file.src_uri == "index.md" else DOCS / page.file.src_uri
     if not place.is_file():  # a page that shows a file
         return markdown
     for match, path in reversed(list(links(markdown, place))):
-        target = path.relative_to(DOCS).as_posix() if DOCS in path.parents else source_page(path)
-        target = posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or ".")
+        target = posixpath.relpath(site_page(path), posixpath.dirname(page.file.src_uri) or ".")
+        target += match["anchor"] or ""
         name = NAME.fullmatch(match["label"])
         if name and path.suffix == ".py" and not name[1].endswith(".py"):
             target += f"#__codelineno-0-{line_of(name[1], path)}"
         markdown = f"{markdown[: match.start()]}[{match['label']}]({target}){markdown[match.end() :]}"
-    return markdown.replace(FIELDS_MARK, field_tables()) if FIELDS_MARK in markdown else markdown
+    return hide_formulas(markdown)
+
+
+def on_page_content(html, page, config, files):
+    return show_formulas(html)
+
+
+# ----- formulas ------------------------------------------------------------------------------------------------------
+
+
+def hide_formulas(markdown: str) -> str:
+    """Formulas as hexadecimal digits between two private characters, in which Markdown finds nothing to change."""
+
+    def hide(match: re.Match) -> str:
+        kind = match.lastgroup
+        return f"\ue000{kind} {match[kind].strip().encode().hex()}\ue001" if kind else match[0]
+
+    return FORMULA.sub(hide, markdown)
+
+
+def show_formulas(html: str) -> str:
+    """The same formulas as MathML."""
+
+    def show(match: re.Match) -> str:
+        return latex2mathml.converter.convert(bytes.fromhex(match[2]).decode(), display=match[1])
+
+    return re.sub("\ue000(block|inline) ([0-9a-f]+)\ue001", show, html)
 
 
 # ----- links to source lines -----------------------------------------------------------------------------------------
@@ -65,6 +99,13 @@ def links(markdown: str, page: Path) -> Iterator[tuple[re.Match, Path]]:
         path = (page.parent / match["target"]).resolve()
         if ROOT in path.parents and path.is_file():
             yield match, path
+
+
+def site_page(path: Path) -> str:
+    """Where a file of the repository is on the site."""
+    if path == README:
+        return "index.md"
+    return path.relative_to(DOCS).as_posix() if DOCS in path.parents else source_page(path)
 
 
 def source_page(path: Path) -> str:
@@ -104,6 +145,11 @@ def defined(node: ast.stmt) -> list[str]:
 # ----- the configuration reference -----------------------------------------------------------------------------------
 
 
+def with_fields(page: str) -> str:
+    """The page of the configuration with current tables."""
+    return page.split(FIELDS_MARK)[0] + FIELDS_MARK + field_tables()
+
+
 def field_tables() -> str:
     """The fields that IBTPOConfig adds or gives another meaning, in its docstring's order; then its other defaults."""
     from trl import GRPOConfig
@@ -118,9 +164,11 @@ def field_tables() -> str:
         for name, meaning in entries:
             if name not in own:
                 raise PluginError(f"The docstring of IBTPOConfig describes `{name}`, which is not a field of its own.")
-            text += f"| `{name}` | `{kind(own[name])}` | `{default(own[name])}` | {formulas(meaning)} |\n"
+            text += f"| `{name}` | {kind(own[name])} | `{default(own[name])}` | {formulas(meaning)} |\n"
             documented.add(name)
-    text += "\n## Parameters with another default\n\n| field | type | default | in `GRPOConfig` | meaning |\n"
+    text += (
+        "\n## Parameters with another default or meaning\n\n| field | type | default | in `GRPOConfig` | meaning |\n"
+    )
     text += "|---|---|---|---|---|\n"
     for name, field in own.items():
         if name in documented:
@@ -128,7 +176,8 @@ def field_tables() -> str:
         if name not in inherited:
             raise PluginError(f"The docstring of IBTPOConfig does not describe its field `{name}`.")
         before = default(inherited[name])
-        text += f"| `{name}` | `{kind(field)}` | `{default(field)}` | `{before}` | {field.metadata['help']} |\n"
+        meaning = field.metadata["help"].replace("%%", "%")
+        text += f"| `{name}` | {kind(field)} | `{default(field)}` | `{before}` | {meaning} |\n"
     return text
 
 
@@ -144,7 +193,9 @@ def docstring_sections(docstring: str) -> list[tuple[str, list[tuple[str, str]]]
 
 
 def kind(field) -> str:
-    return field.type.__name__ if isinstance(field.type, type) else str(field.type)
+    """In words, since a vertical bar would end the cell of a table."""
+    names = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+    return " or ".join(f"`{name}`" for name in names.split(" | "))
 
 
 def default(field) -> str:
@@ -152,12 +203,9 @@ def default(field) -> str:
 
 
 def formulas(text: str) -> str:
-    r"""`\( B_0 \)` in italics with its subscript, since the site loads no typesetter."""
+    r"""`\( B_0 \)` as `$B_0$`."""
+    return re.sub(r"\\\((.+?)\\\)", lambda match: f"${match[1].strip()}$", text)
 
-    def html(match: re.Match) -> str:
-        formula = match[1].strip()
-        for command, letter in GREEK.items():
-            formula = formula.replace(command, letter)
-        return "<i>" + re.sub(r"_\{?(\w+)\}?", r"<sub>\1</sub>", formula) + "</i>"
 
-    return re.sub(r"\\\((.+?)\\\)", html, text)
+if __name__ == "__main__":
+    CONFIGURATION.write_text(with_fields(CONFIGURATION.read_text()))
