@@ -155,7 +155,7 @@ def main() -> None:
     common.report(
         f"Prefix sharing is exact for {shared} of {built} architectures; {len(rows) - built} were not built",
         rows,
-        args.json,
+        args,
     )
 
 

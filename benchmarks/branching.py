@@ -38,25 +38,6 @@ MODES = [
 EXACT = MODES.index(("ib", {}))
 
 
-class Verifier:
-    """Success of a completion by the task's own verifier."""
-
-    def __init__(self, tokenizer, entries):
-        self.tokenizer, self.entries, self.scored = tokenizer, entries, []
-
-    def submit(self, leaves):
-        texts = self.tokenizer.batch_decode([ids for _, _, ids in leaves], skip_special_tokens=True)
-        for (tree, number, _), text in zip(leaves, texts, strict=True):
-            self.scored.append((tree, number, float(quickstart.is_right(text, self.entries[tree]))))
-
-    def collect(self, wait):
-        scored, self.scored = self.scored, []
-        return scored
-
-    def cancel(self):
-        self.scored = []
-
-
 class SharedSamples:
     """An engine whose n-th continuation of a prefix is the same whenever it is asked for since `rewind` again."""
 
@@ -110,8 +91,12 @@ def measure(engine: SharedSamples, tokenizer, entries, overrides: dict, seed: in
         TreeGrower(tokenizer(entry["question"])["input_ids"], settings, splitter, (seed, index))
         for index, entry in enumerate(entries)
     ]
+
+    def is_right(tree, ids):
+        return float(quickstart.is_right(tokenizer.decode(ids, skip_special_tokens=True), entries[tree]))
+
     engine.rewind()
-    drive(growers, engine, Verifier(tokenizer, entries))
+    drive(growers, engine, common.ScriptedScorer(is_right))
     success = np.array([grower.tree.success for grower in growers])
     return {
         "effective_rate": (success.min(1) < success.max(1)).astype(float),
@@ -163,7 +148,7 @@ def main() -> None:
             row[f"{key}_to_exact"], row[f"{key}_to_exact_se"] = common.mean_and_error(difference)
         row |= {key: float(figures[key].mean()) for key in ("generated_tokens", "branched_steps")}
         rows.append(row)
-    common.report("Where to branch, and with scores of what age", rows, args.json)
+    common.report("Where to branch, and with scores of what age", rows, args)
 
 
 if __name__ == "__main__":

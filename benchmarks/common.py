@@ -3,8 +3,7 @@
 import argparse
 import json
 import platform
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # tiny: tokenizers made without a network
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -25,17 +22,26 @@ def parser(description: str) -> argparse.ArgumentParser:
     return arguments
 
 
-def report(title: str, rows: Sequence[dict[str, Any]], json_file: Path | None) -> None:
-    """Print rows of equal keys as a table, and write them as a list of flat JSON objects."""
-    table = Table(title=f"{title} ({platform.machine()}, {date.today()})")
+def report(title: str, rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Print rows of equal keys as a table, and write them as a list of flat JSON objects.
+
+    Args:
+        title: what was measured.
+        rows: at least one.
+        args: what `parser` parsed.
+    """
+    caution = " - quick: these figures mean nothing" if args.quick else ""
+    table = Table()
     for key in rows[0]:
-        table.add_column(key, justify="right")
+        table.add_column(key, justify="right", overflow="fold")
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console(width=200).print(table)
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(list(rows), indent=1) + "\n")
+    console = Console(width=200)
+    console.print(f"{title} ({platform.machine()}, {date.today()}){caution}")
+    console.print(table)
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(list(rows), indent=1) + "\n")
 
 
 def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
@@ -55,14 +61,19 @@ class FixedSteps:
         return [*range(self.tokens, len(token_ids), self.tokens), len(token_ids)]
 
 
-class CoinReward:
-    """One completion in five is right, decided by its tokens."""
+def one_in_five(tree: int, completion_ids: list[int]) -> float:
+    """A success that the tokens decide."""
+    return float(sum(completion_ids) % 5 == 0)
 
-    def __init__(self):
-        self.scored = []
+
+class ScriptedScorer:
+    """Knows the success of a leaf at once: `success(tree, completion_ids)`."""
+
+    def __init__(self, success: Callable[[int, list[int]], float] = one_in_five):
+        self.success, self.scored = success, []
 
     def submit(self, leaves):
-        self.scored += [(tree, number, float(sum(ids) % 5 == 0)) for tree, number, ids in leaves]
+        self.scored += [(tree, leaf, self.success(tree, ids)) for tree, leaf, ids in leaves]
 
     def collect(self, wait):
         scored, self.scored = self.scored, []

@@ -13,11 +13,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from benchmarks import common  # puts tests/ on the path
-from trl_ibtpo import checkpoints
-
-import interrupted_run  # isort: skip
-import tiny  # isort: skip
+from benchmarks import common, interrupted_run, tiny
+from trl_ibtpo.training import checkpoints
 
 
 def largest_differences(reference: Path, folder: Path) -> dict[str, float]:
@@ -76,7 +73,7 @@ def main() -> None:
             if not (folder / "outcome.json").exists():
                 finish(folder)
             rows += [{**row, **largest_differences(root / "reference", folder)} for row in killed]
-    common.report(f"Killed and resumed, {args.steps} steps", rows, args.json)
+    common.report(f"Killed and resumed, {args.steps} steps", rows, args)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def make_batch(settings: dict, seed: int, max_length: int, vocabulary: int, devi
     prompt = [rng.randrange(vocabulary) for _ in range(rng.randint(100, 300) if max_length > 256 else 20)]
     steps = common.FixedSteps(STEP_TOKENS)
     grower = TreeGrower(prompt, GrowthSettings(max_completion_length=max_length, **settings), steps, (seed,))
-    drive([grower], RandomRollouts(seed, len(prompt), 0.4 * max_length, vocabulary), common.CoinReward())
+    drive([grower], RandomRollouts(seed, len(prompt), 0.4 * max_length, vocabulary), common.ScriptedScorer())
     completions = [grower.tree.trajectory(leaf)[0] for leaf in range(len(grower.tree.leaves))]
     kept = max(map(len, completions))
     input_ids = torch.zeros(len(completions), len(prompt) + kept, dtype=torch.long, device=device)
@@ -181,7 +181,7 @@ def main() -> None:
                     row["time_ratio_se"] = common.mean_and_error(values)[1]
             row["token_ratio"] = row["unique_tokens"] / row["padded_tokens"]
             rows.append(row)
-    common.report("Forward and backward with prefix sharing, against the padded batch", rows, args.json)
+    common.report("Forward and backward with prefix sharing, against the padded batch", rows, args)
 
 
 if __name__ == "__main__":

@@ -121,8 +121,9 @@ def start_engine(layers: int, hidden: int, max_num_seqs: int, quick: bool = Fals
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if quick:
         os.environ["VLLM_CPU_CI_ENV"] = "1"
-    import tiny
     from vllm import LLM
+
+    from benchmarks import tiny
 
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
     path = tiny.save_tiny(tempfile.mkdtemp(), tiny.byte_level_tokenizer(), layers=layers, hidden=hidden)
@@ -156,7 +157,7 @@ def run(llm, mode: Mode, questions: int, seed: int) -> dict[str, float]:
     ]
     engine = ScriptedLengths(llm, seed, mode.request_seeds)
     begin = time.perf_counter()
-    drive(growers, LockStep(engine) if mode.lock_step else engine, common.CoinReward())
+    drive(growers, LockStep(engine) if mode.lock_step else engine, common.ScriptedScorer())
     seconds = time.perf_counter() - begin
     tokens = sum(grower.tree.generated_tokens for grower in growers)
     return {
@@ -195,7 +196,7 @@ def main() -> None:
                     ratios = [mine[key] / base[key] for mine, base in zip(runs[index], runs[0], strict=True)]
                     row[name], row[f"{name}_se"] = common.mean_and_error(ratios)
                 rows.append(row)
-    common.report("Growing trees in vLLM", rows, args.json)
+    common.report("Growing trees in vLLM", rows, args)
 
 
 if __name__ == "__main__":

@@ -22,24 +22,18 @@ class Aborted(Exception):
     pass
 
 
-class Scorer:
-    """Scores leaves, or raises at a call drawn beforehand."""
+class FailingScorer(common.ScriptedScorer):
+    """Raises at a call drawn beforehand."""
 
-    def __init__(self, fails_at: int | None):
-        self.fails_at, self.calls, self.scored = fails_at, 0, []
+    def __init__(self, fails_at: int):
+        super().__init__()
+        self.calls_left = fails_at
 
     def submit(self, leaves):
-        self.calls += 1
-        if self.calls == self.fails_at:
+        self.calls_left -= 1
+        if not self.calls_left:
             raise ValueError("the reward function fails")
-        self.scored += [(tree, number, float(sum(ids) % 2)) for tree, number, ids in leaves]
-
-    def collect(self, wait):
-        scored, self.scored = self.scored, []
-        return scored
-
-    def cancel(self):
-        self.scored = []
+        super().submit(leaves)
 
 
 def batch(llm, rng: random.Random) -> str:
@@ -58,7 +52,7 @@ def batch(llm, rng: random.Random) -> str:
         if fate == "aborted" and finished == aborts_at:
             raise Aborted
 
-    scorer = Scorer(rng.randrange(1, 4) if fate == "failed" else None)
+    scorer = FailingScorer(rng.randrange(1, 4)) if fate == "failed" else common.ScriptedScorer()
     try:
         drive(growers, VLLMEngine(llm, rollouts.SAMPLING), scorer, on_rollout)
     except (Aborted, ValueError):
@@ -92,7 +86,7 @@ def main() -> None:
             row["python_blocks"] = sys.getallocatedblocks()
             row["memory_mib"] = process.memory_info().rss / 2**20
             rows.append(row)
-    common.report("Generation batches that end badly", rows, args.json)
+    common.report("Generation batches that end badly", rows, args)
 
 
 if __name__ == "__main__":

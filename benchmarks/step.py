@@ -199,7 +199,7 @@ def main() -> None:
             ]
             row[key], row[f"{key}_se"] = common.mean_and_error(ratios)
         rows.append(row)
-    common.report(f"One optimizer step of {args.questions} questions", rows, args.json)
+    common.report(f"One optimizer step of {args.questions} questions", rows, args)
 
 
 if __name__ == "__main__":

@@ -19,15 +19,34 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--warm_steps", type=int, default=400, help="optimizer steps of the warm start")
+    parser.add_argument("--steps", type=int, default=70, help="optimizer steps of IB-TPO")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # before libraries are loaded, since what they say belongs into the log
+    from stages import Stages
+
+    options = parse_arguments()
+    stages = Stages(options.output_dir / "log.txt")
+    stages.start("Loading libraries")
 
 import datasets
 import reasoning_gym
 import torch
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from trl_ibtpo import IBTPOConfig, IBTPOTrainer
@@ -45,6 +64,7 @@ PLAIN = {
     "gradient_checkpointing": False,
     "report_to": "none",
     "save_strategy": "no",
+    "disable_tqdm": True,
 }
 
 
@@ -135,7 +155,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 
 def warm_start(
-    entries: list[dict], seed: int, max_steps: int = 400
+    entries: list[dict], seed: int, max_steps: int = 400, callbacks: list[TrainerCallback] | None = None
 ) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
     """Supervised training on worked solutions, after which a quarter to a half of the questions go well."""
     set_seed(seed)
@@ -152,16 +172,22 @@ def warm_start(
         warmup_steps=20,
         logging_steps=50,
     )
-    SFTTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer).train()
+    dataset = Dataset.from_list(rows)
+    SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer, callbacks=callbacks).train()
     return model, tokenizer
 
 
 @torch.inference_mode()
-def accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, entries: list[dict], name: str) -> float:
+def accuracy(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    entries: list[dict],
+    on_batch: Callable[[int, int], None] = lambda right, asked: None,
+) -> float:
     """Share of questions answered right, one sample each from the policy as it is (temperature 1)."""
     model.eval()
     right, batch_size = 0, 100
-    for start in tqdm(range(0, len(entries), batch_size), desc=name):
+    for start in range(0, len(entries), batch_size):
         batch = entries[start : start + batch_size]
         inputs = tokenizer([entry["question"] for entry in batch], return_tensors="pt", padding=True)
         output = model.generate(
@@ -174,13 +200,14 @@ def accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, entrie
         )
         texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         right += sum(is_right(text, entry) for text, entry in zip(texts, batch, strict=True))
+        on_batch(right, start + len(batch))
     return right / len(entries)
 
 
 # ----- IB-TPO --------------------------------------------------------------------------------------------------------
 
 
-def train_ibtpo(model, tokenizer, entries: list[dict], seed: int, max_steps: int) -> IBTPOTrainer:
+def train_ibtpo(model, tokenizer, entries: list[dict], seed: int, max_steps: int, callbacks=None) -> IBTPOTrainer:
     rows = [{"prompt": entry["question"], "entry": json.dumps(entry)} for entry in entries]
     args = IBTPOConfig(  # tree, ib_beta, ib_coef and loss are the paper's defaults
         **PLAIN,
@@ -203,32 +230,50 @@ def train_ibtpo(model, tokenizer, entries: list[dict], seed: int, max_steps: int
         args=args,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
+        callbacks=callbacks,
     )
     trainer.train()
     return trainer
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=70, help="optimizer steps of IB-TPO")
-    options = parser.parse_args()
+class ShowSteps(TrainerCallback):
+    """Moves the bar of a stage, and writes logged figures beside it."""
+
+    def __init__(self, stages, **names: str):
+        self.stages, self.names = stages, names
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.stages.update(state.global_step)
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if all(key in logs for key in self.names.values()):
+            self.stages.update(**{name: f"{logs[key]:.2f}" for name, key in self.names.items()})
+
+
+def main(options: argparse.Namespace, stages: "Stages") -> None:
     datasets.disable_progress_bars()  # those of single-second preparations
-    begin = time.perf_counter()
 
-    print("Warm start: supervised training on worked solutions", flush=True)
+    def show_accuracy(right: int, asked: int) -> None:
+        stages.update(asked, accuracy=f"{right / asked:.1%}")
+
+    stages.start("Making questions")
     held_out, entries = make_questions(options.seed)
-    model, tokenizer = warm_start(entries, options.seed)
-    before = accuracy(model, tokenizer, held_out, "Accuracy before IB-TPO")
+    stages.start("Warm start", options.warm_steps)
+    loss = ShowSteps(stages, loss="loss")
+    model, tokenizer = warm_start(entries, options.seed, options.warm_steps, [loss])
+    stages.start("Accuracy before IB-TPO", len(held_out))
+    before = accuracy(model, tokenizer, held_out, show_accuracy)
+    stages.start("IB-TPO", options.steps)
+    rates = ShowSteps(stages, reward="reward", effective="tree/effective_rate")
     set_seed(options.seed)
-    trainer = train_ibtpo(model, tokenizer, entries, options.seed, options.steps)
-    after = accuracy(model, tokenizer, held_out, "Accuracy after IB-TPO")
+    trainer = train_ibtpo(model, tokenizer, entries, options.seed, options.steps, [rates])
+    stages.start("Accuracy after IB-TPO", len(held_out))
+    after = accuracy(model, tokenizer, held_out, show_accuracy)
 
+    stages.start("Pictures")
     curve, picture = options.output_dir / "learning_curve.png", options.output_dir / "tree.png"
-    draw_learning_curve(trainer.state.log_history, curve, held_out=(before, after))
+    logs = [entry for entry in trainer.state.log_history if "tree/generated_tokens" in entry]
+    draw_learning_curve(logs, curve, held_out=(before, after))
     # Of a few trees, the one that shows most: nearest to as many right as wrong answers.
     rows = [{"prompt": entry["question"], "entry": json.dumps(entry)} for entry in held_out[:32]]
     grown, row = min(
@@ -236,11 +281,23 @@ def main() -> None:
     )
     draw_tree(grown, picture, title=row["prompt"], decode=tokenizer.decode)
 
-    print(f"\nHeld-out accuracy before IB-TPO: {before:.1%}")
-    print(f"Held-out accuracy after IB-TPO:  {after:.1%}  ({100 * (after - before):+.1f} points)")
-    print(f"Learning curve: {curve}\nOne tree:       {picture}")
-    print(f"Time: {(time.perf_counter() - begin) / 60:.1f} minutes")
+    generated, trajectories = (
+        TREES_PER_STEP * sum(entry[f"tree/{kind}_tokens"] for entry in logs) for kind in ("generated", "trajectory")
+    )
+    stages.show(
+        "What IB-TPO has learned",
+        {
+            "Held-out accuracy before": f"{before:.1%}",
+            "Held-out accuracy after": f"{after:.1%} ({100 * (after - before):+.1f} points)",
+            "Tokens generated": f"{generated:,.0f}",
+            "Tokens of trajectories": f"{trajectories:,.0f}, a shared prefix counted for each",
+            "Time": f"{(time.perf_counter() - stages.begin) / 60:.1f} minutes",
+            "Learning curve": str(curve),
+            "One tree": str(picture),
+            "Log": str(stages.log),
+        },
+    )
 
 
 if __name__ == "__main__":
-    main()
+    main(options, stages)

@@ -5,12 +5,12 @@ import logging
 import shutil
 import time
 
-import interrupted_run
 import pytest
 import tiny
 import torch
 from transformers.utils import logging as transformers_logging
 
+from benchmarks import interrupted_run
 from trl_ibtpo import IBTPOTrainer
 from trl_ibtpo.training import checkpoints
 

@@ -12,9 +12,9 @@ from pathlib import Path
 os.environ.setdefault("CI", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import tiny
 import torch
 
+from benchmarks import tiny
 from trl_ibtpo import IBTPOConfig, IBTPOTrainer
 from trl_ibtpo.training import checkpoints
 
@@ -68,11 +68,10 @@ def train(model_path: str, folder: str, file_limit: int | None = None, **overrid
 
 def start(model_path: str, folder: Path, **arguments) -> multiprocessing.Process:
     context = multiprocessing.get_context("forkserver")
-    here = Path(__file__).parent
-    paths = [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # where the server finds what it imports
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    context.set_forkserver_preload(["interrupted_run"])
+    context.set_forkserver_preload(["benchmarks.interrupted_run"])
     folder.mkdir(exist_ok=True)
     process = context.Process(target=train, args=(model_path, str(folder)), kwargs=arguments)
     process.start()
