@@ -7,7 +7,7 @@ One micro-batch is one question: a tree of the paper's shape (4, 9, 1, 1), or a 
 has the proportions of a small Qwen3 and random weights. Both passes go through TRL's fused head.
 
 `real_tokens` are those of the rows without padding, `padded_tokens` what TRL's batch holds, `unique_tokens` what the
-packed row holds, tokens repeated at branch points included. Memory is the peak of all tensors, the parameters
+shared row holds, tokens repeated at branch points included. Memory is the peak of all tensors, the parameters
 included: torch's own tracker on a CPU, the allocator's on a GPU.
 """
 
@@ -25,8 +25,8 @@ from trl.trainer.utils import add_fused_lm_head
 from benchmarks import common
 from trl_ibtpo.engines.base import Rollout
 from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive
-from trl_ibtpo.prefix_sharing.attention import packed_logps_and_entropies, prepare_model
-from trl_ibtpo.prefix_sharing.trie import pack_prefixes
+from trl_ibtpo.prefix_sharing.attention import prepare_model, shared_logps_and_entropies
+from trl_ibtpo.prefix_sharing.trie import share_prefixes
 
 STEP_TOKENS, LENGTH_SIGMA = 32, 0.6
 SHAPES = {
@@ -93,8 +93,8 @@ def padded_forward(model, input_ids, mask, kept) -> torch.Tensor:
     return model(input_ids=input_ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs[:, -kept:]
 
 
-def packed_forward(model, input_ids, mask, kept) -> torch.Tensor:
-    return packed_logps_and_entropies(model, model, pack_prefixes(input_ids, mask, kept))[0]
+def shared_forward(model, input_ids, mask, kept) -> torch.Tensor:
+    return shared_logps_and_entropies(model, model, share_prefixes(input_ids, mask, kept))[0]
 
 
 def measure(model, forward: Callable, batch: tuple) -> dict:
@@ -155,20 +155,20 @@ def main() -> None:
                 progress.set_description(shape)
                 batch = make_batch(settings, repeat, args.max_length, args.vocabulary, model.device)
                 if repeat == 0:  # warm up
-                    measure(model, packed_forward, batch)
+                    measure(model, shared_forward, batch)
                 plain = measure(model, padded_forward, batch)
-                packed = measure(model, packed_forward, batch)
+                shared = measure(model, shared_forward, batch)
                 results.append(
                     {
-                        "unique_tokens": pack_prefixes(*batch).input_ids.numel(),
+                        "unique_tokens": share_prefixes(*batch).input_ids.numel(),
                         "real_tokens": int(batch[1].sum()),
                         "padded_tokens": batch[1].numel(),
-                        "time_ratio": packed["seconds"] / plain["seconds"],
-                        "memory_ratio": peak_memory(model, packed_forward, batch)
+                        "time_ratio": shared["seconds"] / plain["seconds"],
+                        "memory_ratio": peak_memory(model, shared_forward, batch)
                         / peak_memory(model, padded_forward, batch),
-                        "max_logp_diff": float((packed["logps"] - plain["logps"]).abs().max()),
+                        "max_logp_diff": float((shared["logps"] - plain["logps"]).abs().max()),
                         "grad_rel_diff": float(
-                            (packed["gradient"] - plain["gradient"]).norm() / plain["gradient"].norm()
+                            (shared["gradient"] - plain["gradient"]).norm() / plain["gradient"].norm()
                         ),
                     }
                 )
@@ -181,7 +181,7 @@ def main() -> None:
                     row["time_ratio_se"] = common.mean_and_error(values)[1]
             row["token_ratio"] = row["unique_tokens"] / row["padded_tokens"]
             rows.append(row)
-    common.report("Forward and backward, packed against padded", rows, args)
+    common.report("Forward and backward with prefix sharing, against the padded batch", rows, args)
 
 
 if __name__ == "__main__":

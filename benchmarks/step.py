@@ -4,7 +4,9 @@
 
 Real trainers on one real vLLM engine, with the same model, questions, sampling and number of questions per step; a
 micro-batch holds one question. `grpo` is TRL's GRPOTrainer, `ibtpo` the paper's tree (4, 9, 1, 1) without and with
-`branch_lookahead`, `ibtpo_unpacked` the same with TRL's forward. The task is the quickstart's with longer sums. The
+`branch_lookahead`, `ibtpo_unpacked` the same with TRL's forward. `independent_8_shared` is eight completions without
+a tree, as TRL's, and with the prefix-shared forward: `grpo` to it is what sharing saves, and it to `ibtpo` what trees
+cost (`ratio_to_independent`; a tree of 12 is to take no longer). The task is the quickstart's with longer sums. The
 model was shown worked solutions for long enough to write whole ones of its own, right or wrong; rewards cost nothing.
 """
 
@@ -31,7 +33,11 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29513")
 
+TREE = {name: getattr(IBTPOConfig, name) for name in ("branching", "tree_levels", "tree_initial_rollouts")}
 PROMPT_TOKENS = 160  # of the longest sums, and some more
+
+
+RIVAL = "independent_8_shared"
 
 
 @dataclass
@@ -40,11 +46,13 @@ class Method:
     group_size: int
     lookahead: int = 0
     packed: bool = True
+    growth: dict | None = None  # settings of the tree that differ from the trainer's
 
 
 METHODS = [
     Method("grpo", 8),
     Method("grpo", 12),
+    Method(RIVAL, 8, growth={"branching": "independent", "tree_levels": 1, "tree_initial_rollouts": 8}),
     Method("ibtpo", 12),
     Method("ibtpo", 12, lookahead=3),
     Method("ibtpo", 12, lookahead=8),
@@ -130,11 +138,12 @@ def run(trainer, method: Method, seed: int) -> dict[str, float]:
     """Two optimizer steps, of which the second is measured."""
     args, questions = trainer.args, trainer.args.gradient_accumulation_steps
     args.seed = seed
-    if method.name == "grpo":
-        trainer.num_generations = args.num_generations = args.per_device_train_batch_size = method.group_size
-        args.generation_batch_size = questions * method.group_size
-        trainer._train_batch_size = method.group_size
-    else:
+    trainer.num_generations = args.num_generations = args.per_device_train_batch_size = method.group_size
+    args.generation_batch_size = questions * method.group_size
+    trainer._train_batch_size = method.group_size
+    if method.name != "grpo":
+        for name, value in (TREE | (method.growth or {})).items():
+            setattr(args, name, value)
         args.branch_lookahead, trainer._packed_forward = method.lookahead, method.packed
     trainer._last_loaded_step = -1  # a new run: the weights are pushed to vLLM again
     watch = Stopwatch()
@@ -179,14 +188,16 @@ def main() -> None:
                 runs[index].append(run(grpo if method.name == "grpo" else ibtpo, method, seed=repeat))
                 progress.update()
     rows = []
+    rivals = {"ratio_to_grpo8": 0, "ratio_to_independent": [method.name for method in METHODS].index(RIVAL)}
     for index, method in enumerate(METHODS):
         row = {"method": method.name, "group_size": method.group_size, "lookahead": method.lookahead}
         row |= {key: float(np.mean([each[key] for each in runs[index]])) for key in runs[index][0]}
-        ratios = [
-            mine["seconds_per_step"] / base["seconds_per_step"]
-            for mine, base in zip(*(runs[index], runs[0]), strict=True)
-        ]
-        row["ratio_to_grpo8"], row["ratio_to_grpo8_se"] = common.mean_and_error(ratios)
+        for key, rival in rivals.items():
+            ratios = [
+                mine["seconds_per_step"] / base["seconds_per_step"]
+                for mine, base in zip(runs[index], runs[rival], strict=True)
+            ]
+            row[key], row[f"{key}_se"] = common.mean_and_error(ratios)
         rows.append(row)
     common.report(f"One optimizer step of {args.questions} questions", rows, args)
 

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("CI", "1")  # no telemetry
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed writes to standard output that it found no other
 
 import pytest
 import torch

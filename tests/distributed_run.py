@@ -5,6 +5,7 @@ Every process writes what it saw to `OUT/SCENARIO-RANK.json`, and the first one 
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -15,10 +16,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import tiny
 import torch
-from accelerate import FullyShardedDataParallelPlugin, PartialState
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from torch.distributed.tensor import DTensor
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_ibtpo import IBTPOConfig, IBTPOTrainer
@@ -63,29 +65,67 @@ class RecordingTrainer(IBTPOTrainer):
         return super()._step_advantages(advantages, completion_ids)
 
 
-def ibtpo(model_path: str, output_dir: str, reward, resume: bool = False, **overrides) -> dict:
+class KilledTrainer(RecordingTrainer):
+    """Its second process dies while the second checkpoint is written."""
+
+    def _save_rng_state(self, output_dir):
+        if RANK == 1 and self.state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super()._save_rng_state(output_dir)
+
+
+def ibtpo(
+    model_path: str,
+    output_dir: str,
+    reward,
+    resume: bool = False,
+    prepare=lambda: None,
+    trainer_class=RecordingTrainer,
+    **overrides,
+) -> dict:
     args = IBTPOConfig(**arguments(output_dir, **SMALL_TREE, reproducible_rollouts=True, **overrides))
-    trainer = RecordingTrainer(model_path, reward, args, questions())
+    prepare()
+    trainer = trainer_class(model_path, reward, args, questions())
     trainer.seen = []
     trainer.train(resume_from_checkpoint=resume)
     return result(trainer, trees=trainer.seen)
 
 
 def result(trainer, **extra) -> dict:
-    weights = {name: value.clone() for name, value in trainer.accelerator.get_state_dict(trainer.model).items()}
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}  # ZeRO-3 gathers it in the first alone
+    weights = {name: value.clone() for name, value in state.items()}
+    parameters = trainer.model_wrapped.parameters()
     return {
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "weights": weights,
         "sleeps": len(sleeps),
+        "sharded": sum(isinstance(each, DTensor) or hasattr(each, "ds_tensor") for each in parameters),
+        "wrapper": type(trainer.model_wrapped).__name__,
         **extra,
     }
 
 
-def resumed(model_path: str, output_dir: str) -> dict:
+SAVING = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2}
+
+
+def resumed(model_path: str, output_dir: str, **options) -> dict:
     """Two steps, a checkpoint, and two more in another trainer."""
-    options = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2}
-    ibtpo(model_path, output_dir, tiny.even_length, max_steps=2, **options)
-    return ibtpo(model_path, output_dir, tiny.even_length, resume=True, max_steps=4, **options)
+    first = ibtpo(model_path, output_dir, tiny.even_length, max_steps=2, **SAVING, **options)
+    second = ibtpo(model_path, output_dir, tiny.even_length, resume=True, max_steps=4, **SAVING, **options)
+    return {**second, "trees": first["trees"] + second["trees"]}
+
+
+def refused(model_path: str, output_dir: str) -> dict:
+    """What every process is told where only the first finds a checkpoint, and where only the first resumes."""
+    args = IBTPOConfig(**arguments(output_dir if RANK == 0 else f"{output_dir}-elsewhere", **SMALL_TREE))
+    trainer = RecordingTrainer(model_path, tiny.even_length, args, questions())
+    told = []
+    for resume in (True, RANK == 0):
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+        except ValueError as error:
+            told.append(str(error))
+    return {"told": told, "weights": {}}
 
 
 sleeps: list[float] = []
@@ -100,18 +140,36 @@ def slow_on_one_rank_uniform_on_the_other(completions, uniform, **kwargs) -> lis
     ]
 
 
-def fsdp2(model_path: str, output_dir: str) -> dict:
-    """accelerate shards on accelerators only; told that it has one, its FSDP2 code runs on CPU processes as well."""
+def use_fsdp2(state_dict_type: str = "SHARDED_STATE_DICT") -> None:
+    """accelerate shards on accelerators only; told that it has one, its FSDP2 code runs on CPU processes as well.
+
+    To be called when the config is made, which forgets what accelerate was told before.
+    """
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["Qwen3DecoderLayer"],
-        state_dict_type="FULL_STATE_DICT",
+        state_dict_type=state_dict_type,
         cpu_ram_efficient_loading=False,
     )
+    Accelerator(cpu=True)
     PartialState().distributed_type = AcceleratorState().distributed_type = DistributedType.FSDP
     AcceleratorState().fsdp_plugin = plugin
-    return ibtpo(model_path, output_dir, tiny.even_length, max_steps=20)
+
+
+def zero(model_path: str, output_dir: str, stage: int) -> dict:
+    """DeepSpeed, set up by the variables that `accelerate launch` sets; not `use_cpu`, which would turn it off."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo instead of an extension compiled on the spot
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(stage)
+    os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = str(stage == 3).lower()
+    os.environ["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] = str(stage == 3).lower()
+    return resumed(model_path, output_dir, use_cpu=False, ddp_backend="gloo")
+
+
+KILLED = {"reward": tiny.even_length, "max_steps": 4, "prepare": use_fsdp2, **SAVING}
 
 
 class FixedGRPOTrainer(GRPOTrainer):
@@ -142,9 +200,15 @@ def scenarios(model_path: str, out: Path) -> dict:
         "token_mean": lambda: ibtpo(model_path, output_dir, tiny.even_length, max_steps=5, loss_type="dapo"),
         "slow": lambda: ibtpo(model_path, output_dir, slow_on_one_rank_uniform_on_the_other, max_steps=3),
         "resumed": lambda: resumed(model_path, output_dir),
+        "refused": lambda: refused(model_path, output_dir),  # after `resumed`, whose checkpoints the first one finds
         "straight": lambda: ibtpo(model_path, output_dir, tiny.even_length, max_steps=4, lr_scheduler_type="constant"),
         **{f"grpo_{name}": lambda name=name: grpo(model_path, output_dir, name) for name in LOSS_TYPES},
-        "fsdp2": lambda: fsdp2(model_path, output_dir),  # the last: it changes what the processes are
+        "fsdp2_sharded": lambda: resumed(model_path, f"{output_dir}-sharded", prepare=use_fsdp2),
+        "fsdp2_full": lambda: resumed(model_path, f"{output_dir}-full", prepare=lambda: use_fsdp2("FULL_STATE_DICT")),
+        "killed": lambda: ibtpo(model_path, f"{output_dir}-killed", **KILLED, trainer_class=KilledTrainer),
+        "continued": lambda: ibtpo(model_path, f"{output_dir}-killed", **KILLED, resume=True),
+        "zero2": lambda: zero(model_path, f"{output_dir}-zero2", 2),
+        "zero3": lambda: zero(model_path, f"{output_dir}-zero3", 3),
     }
 
 

@@ -16,7 +16,9 @@ from accelerate import Accelerator
 from transformers import Qwen3ForCausalLM
 from trl.distributed import DistributedBackend
 
+from trl_ibtpo import IBTPOTrainer
 from trl_ibtpo.training import checks
+from trl_ibtpo.training.checkpoints import defect
 
 SCENARIOS = (
     "twenty",
@@ -26,6 +28,8 @@ SCENARIOS = (
     "resumed",
     *(f"grpo_{name}" for name in distributed_run.LOSS_TYPES),
 )
+SHARDED = {"fsdp2_sharded": "FSDPQwen3ForCausalLM", "fsdp2_full": "FSDPQwen3ForCausalLM"}
+ZERO = {"zero2": "DeepSpeedEngine", "zero3": "DeepSpeedEngine"}
 TOLERANCE = 1e-5
 
 
@@ -35,31 +39,42 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def runs(model_path, tmp_path_factory):
-    """What every scenario gave in one process and in two: `runs[name]` is `(one, [first of two, second of two])`."""
-    out = tmp_path_factory.mktemp("two")
+def start(model_path: str, out: Path, *names: str) -> subprocess.Popen:
+    """Two processes that run these scenarios; their output goes to `OUT/log`."""
     root = Path(__file__).parent
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
-    command += ["--master-port", str(free_port()), str(root / "distributed_run.py"), model_path, str(out)]
+    command += ["--master-port", str(free_port()), str(root / "distributed_run.py"), model_path, str(out), *names]
     paths = os.pathsep.join([str(root.parent), os.environ.get("PYTHONPATH", "")])
-    with open(out / "log", "w") as log:
-        processes = subprocess.Popen(
-            [*command, *SCENARIOS, "fsdp2"],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        )
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    with open(out / "log", "a") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+@pytest.fixture(scope="module")
+def runs(model_path, tmp_path_factory):
+    """What every scenario gave in one process and in two: `runs[name]` is `(one, [first of two, second of two])`.
+
+    The first two processes end with `killed`; other two go on from what they left.
+    """
+    out = tmp_path_factory.mktemp("two")
+    both = [*SCENARIOS, "refused", *SHARDED]
+    processes = start(model_path, out, *both, "killed")
     try:
         made = distributed_run.scenarios(model_path, tmp_path_factory.mktemp("one"))
         one = {name: made[name]() for name in SCENARIOS}
-        assert processes.wait(timeout=240) == 0, (out / "log").read_text()[-5000:]
+        assert processes.wait(timeout=600) == 1, (out / "log").read_text()[-5000:]
+        left = {path.name: defect(path) for path in (out / "output-killed").glob("checkpoint-*")}
+        after = ["continued", *ZERO]
+        processes = start(model_path, out, *after)
+        assert processes.wait(timeout=600) == 0, (out / "log").read_text()[-5000:]
     finally:
         processes.kill()
-    both = {name: [json.loads((out / f"{name}-{rank}.json").read_text()) for rank in (0, 1)] for name in made}
-    for name, (first, _) in both.items():
-        first["weights"] = torch.load(out / f"{name}.pt", weights_only=True)
-    return {name: (one["twenty" if name == "fsdp2" else name], both[name]) for name in made}
+    results = {"left": left}
+    for name in both + after:
+        two = [json.loads((out / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
+        two[0]["weights"] = torch.load(out / f"{name}.pt", weights_only=True)
+        results[name] = (one.get(name, one["straight"]), two)
+    return results
 
 
 def differences(one: dict, two: list[dict]) -> tuple[float, float]:
@@ -71,7 +86,7 @@ def differences(one: dict, two: list[dict]) -> tuple[float, float]:
     return float(np.abs(np.subtract(*losses)).max()), weights
 
 
-@pytest.mark.parametrize("name, steps", [("twenty", 20), ("token_mean", 5), ("fsdp2", 20), ("slow", 3)])
+@pytest.mark.parametrize("name, steps", [("twenty", 20), ("token_mean", 5), ("slow", 3)])
 def test_two_processes_equal_one(runs, model_path, name, steps):
     """The same trees, losses and weights; `slow` has a slow reward on one rank and equal rewards on the other."""
     one, two = runs[name]
@@ -82,6 +97,36 @@ def test_two_processes_equal_one(runs, model_path, name, steps):
     assert loss < TOLERANCE and weight < TOLERANCE
     before = Qwen3ForCausalLM.from_pretrained(model_path).state_dict()
     assert max(float((value - before[name]).abs().max()) for name, value in one["weights"].items()) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("name, wrapper", [*SHARDED.items(), *ZERO.items()])
+def test_sharded_processes_equal_one(runs, name, wrapper):
+    """Two steps, a checkpoint, and two steps of new trainers that resume, with weights or optimizer in shards."""
+    one, two = runs[name]
+    assert [outcome["wrapper"] for outcome in two] == [wrapper] * 2
+    assert all((outcome["sharded"] > 0) == (name != "zero2") for outcome in two)
+    assert len(one["trees"]) == 4
+    assert one["trees"] == [first + second for first, second in zip(two[0]["trees"], two[1]["trees"], strict=True)]
+    assert max(differences(one, two)) < TOLERANCE
+
+
+def test_killed_while_a_sharded_checkpoint_is_written(runs):
+    """The one that was not written to the end is left out, and the run ends as if it had not been killed."""
+    assert runs["left"].keys() == {"checkpoint-2", "checkpoint-4"}
+    assert runs["left"]["checkpoint-2"] is None and "trainer_state.json" in runs["left"]["checkpoint-4"]
+    one, two = runs["continued"]
+    assert len(two[0]["trees"]) == 2 and len(two[0]["log"]) == 4
+    assert max(differences(one, two)) < TOLERANCE
+
+
+def test_processes_that_cannot_resume_say_so_alike(runs):
+    """A process that raised alone would leave the others waiting for it."""
+    _, (first, second) = runs["refused"]
+    assert first["told"] == second["told"]
+    missing, different = first["told"]
+    assert missing.startswith("Process 1 of 2 cannot resume, so none does. `resume_from_checkpoint` is True, but")
+    assert "-elsewhere) holds no whole checkpoint" in missing
+    assert "checkpoint-4, process 1: none, it starts anew). Give the path of one" in different
 
 
 def test_tree_metrics_cover_both_processes(runs):
@@ -116,6 +161,32 @@ def test_where_trl_itself_depends_on_the_number_of_processes(runs):
     """The control, on given completions: `bnpo` alone averages over the tokens of each process first."""
     equal = {name: max(differences(*runs[f"grpo_{name}"])) < TOLERANCE for name in distributed_run.LOSS_TYPES}
     assert equal == {**dict.fromkeys(distributed_run.LOSS_TYPES, True), "bnpo": False}
+
+
+@pytest.mark.parametrize(
+    "field, processes_here, message",
+    [
+        ({}, "4", "`vllm_server_host` is '0.0.0.0', which means itself on each machine .*8 processes, 4 of them"),
+        ({"vllm_server_host": "localhost"}, "4", r"`vllm_server_base_url='http://10\.0\.0\.5:8000'`"),
+        ({"vllm_server_base_url": "http://127.0.0.1:8000"}, "4", "`vllm_server_base_url` is 'http://127"),
+        ({"vllm_server_base_url": "http://trainer-0:8000"}, "4", None),
+        ({"vllm_server_host": "10.0.0.5"}, "4", None),
+        ({}, "8", None),
+        ({}, None, None),
+        ({"vllm_mode": "colocate"}, "4", None),
+    ],
+)
+def test_server_address_that_means_another_machine_on_each(config, monkeypatch, field, processes_here, message):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    args = config(**{"use_vllm": True, "vllm_mode": "server", **field})
+    monkeypatch.setattr(type(args), "world_size", 8)
+    if processes_here is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes_here)
+    if message is None:
+        checks.check_server_address(args)
+    else:
+        with pytest.raises(ValueError, match=message):
+            IBTPOTrainer("absent", tiny.even_length, args, tiny.questions())
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,13 @@ def test_pure_floors_load_neither_torch_nor_trl(module):
 # From the bottom up: a file imports from floors below its own, and no two files import each other.
 FLOORS = [
     ["steps", "tree", "engines/base", "training/time_limit", "training/hooks", "prefix_sharing/trie", "viewing/lines"],
-    ["scores", "prefix_sharing/attention", "evaluation/estimates", "training/checkpoints"],
+    [
+        "scores",
+        "prefix_sharing/attention",
+        "prefix_sharing/comparison",
+        "evaluation/estimates",
+        "training/checkpoints",
+    ],
     ["branching", "advantages", "prefix_sharing/trainer_mixin"],
     ["growth"],
     ["viewing/drawing"],

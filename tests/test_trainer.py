@@ -109,7 +109,7 @@ def some_success(completions, **kwargs):
 def test_flat_tree_equals_grpo(config, model_path, scale_rewards, aggregation):
     """`tree_levels=1, ib_coef=0`: advantages, losses and weights are TRL's, with two weighted rewards and None.
 
-    To the last bit with TRL's forward; that of `packed_forward` differs by rounding (see test_packing.py).
+    To the last bit with TRL's forward; that of `packed_forward` differs by rounding (see test_prefix_sharing.py).
     """
     args = config(
         **FLAT,

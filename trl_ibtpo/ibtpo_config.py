@@ -152,7 +152,8 @@ class IBTPOConfig(GRPOConfig):
         packed_forward (`bool`, *optional*):
             Whether to compute each token that rows of a micro-batch share only once, forward and backward; the
             gradient is the same. `None` does so where it is exact: full attention in every layer, with `"sdpa"`,
-            `"eager"` or `"flex_attention"`. `True` makes it an error where it is not. Trees then stay together in a
+            `"eager"` or `"flex_attention"`, and the same log-probabilities as TRL's forward on a small batch that is
+            compared before the first step. `True` makes it an error where it is not. Trees then stay together in a
             micro-batch, so `per_device_train_batch_size` is best a multiple of `num_generations`.
 
     > [!NOTE]

@@ -112,7 +112,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             self.vllm_generation = CPUVLLMGeneration.adopt(self.vllm_generation)
         checks.refuse_sharded_growth(self._dist, args, self.reward_funcs)
         self._check_process_share()
-        self._packed_forward, self._packed_reason = self._choose_forward()
+        self._choose_forward()
         self._success_index = self._find_success_reward()
         # Whether it was said how success is made of rewards outside [0, 1], or there is nothing to say.
         self._scaling_said = args.success_range is not None or not args.success_steers
@@ -288,9 +288,8 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         success = f"'{self.reward_func_names[self._success_index]}'"
         if args.success_range is not None:
             success += " between {} and {} (`success_range`)".format(*args.success_range)
-        forward = "prefix-shared" if self._packed_forward else "TRL's"
         return (
             f"IB-TPO: {shape}, {trees} per process and generation; advantage '{args.advantage}' "
             f"(ib_coef={args.ib_coef}, ib_beta={args.ib_beta}); success from {success}; engine: {engine}; forward: "
-            f"{forward} ({self._packed_reason})."
+            f"{self._forward_in_words()}."
         )

@@ -1,4 +1,4 @@
-"""How a model attends along the trie of a packed batch, and for which models that is exact."""
+"""How a model attends along the trie of a shared batch, and for which models that is exact."""
 
 from typing import Any
 
@@ -7,21 +7,34 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .trie import PackedBatch
+from .trie import SharedBatch
 
-TRIE_ATTENTION = "ibtpo_trie"  # sdpa, and along the trie where a packed batch comes with the forward
-_IGNORED_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # transformers takes a 4-D mask as it is
+TRIE_ATTENTION = "ibtpo_trie"  # sdpa, and along the trie where a shared batch comes with the forward
+# In place of a mask where the batch says who attends to whom. transformers takes a mask of four dimensions as it is,
+# and one of no keys fits no attention: a layer that gets it without the batch cannot go on.
+_NO_KEYS = torch.ones(1, 1, 1, 0, dtype=torch.bool)
+
+UNUSED_WINDOWS = {"max_window_layers"}  # fields of configurations that are no number of tokens
 
 
-def _trie_attention(module, query, key, value, attention_mask, packed_batch: PackedBatch | None = None, **kwargs):
-    """Scaled dot-product attention, `(1, H, L, D)` each, segment by segment of a packed batch.
+class MissingBatchError(RuntimeError):
+    """A prefix-shared forward reached an attention layer without its batch: it would attend to anything."""
+
+
+def _trie_attention(module, query, key, value, attention_mask, shared_batch: SharedBatch | None = None, **kwargs):
+    """Scaled dot-product attention, `(1, H, L, D)` each, segment by segment of a shared batch.
 
     Each segment costs what it costs in a row of its own: a mask of all positions would cost the square of all of them.
     """
-    if packed_batch is None:
+    if shared_batch is None:
+        if attention_mask is not None and not attention_mask.shape[-1]:
+            raise MissingBatchError(
+                f"{type(module).__name__} is not given the keyword arguments of the model's forward, which say what "
+                "each token attends to; `packed_forward=False` does without them"
+            )
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     outputs = []
-    for own, keys, mask in packed_batch._segment_indices:
+    for own, keys, mask in shared_batch.segment_indices(query.device):
         key_part, value_part = (
             (key[:, :, own], value[:, :, own])
             if keys is None
@@ -35,27 +48,32 @@ AttentionInterface.register(TRIE_ATTENTION, _trie_attention)
 AttentionMaskInterface.register(TRIE_ATTENTION, sdpa_mask)
 
 
-def model_arguments(model: PreTrainedModel, packed: PackedBatch) -> dict[str, Any]:
+def model_arguments(model: PreTrainedModel, shared: SharedBatch) -> dict[str, Any]:
     """Arguments with which the forward of `model` attends along the trie."""
-    arguments: dict[str, Any] = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
-    implementation = model.config.get_text_config()._attn_implementation
+    config = model.config.get_text_config()
+    arguments: dict[str, Any] = {"input_ids": shared.input_ids, "position_ids": shared.position_ids}
+    if getattr(config, "output_router_logits", False):
+        arguments["output_router_logits"] = False  # the loss that TRL's head makes of them takes no such masks
+    implementation = config._attn_implementation
     if implementation == TRIE_ATTENTION:
-        return {**arguments, "attention_mask": _IGNORED_MASK.to(packed.input_ids.device), "packed_batch": packed}
+        return {**arguments, "attention_mask": _NO_KEYS.to(shared.input_ids.device), "shared_batch": shared}
     if implementation == "flex_attention":
-        return {**arguments, "attention_mask": packed.block_mask()}
-    mask = packed.dense_mask()
+        return {**arguments, "attention_mask": shared.block_mask()}
+    mask = shared.dense_mask()
     additive = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
     return {**arguments, "attention_mask": additive.masked_fill_(~mask, torch.finfo(model.dtype).min)}
 
 
-def why_not_packed(model: PreTrainedModel) -> str | None:
-    """Why the packed forward would not be exact for this model; None where it is."""
+def why_not_shared(model: PreTrainedModel) -> str | None:
+    """Why the prefix-shared forward would not be exact, as far as the configuration tells; None where it may be."""
     config = model.config.get_text_config()
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     if layer_types != {"full_attention"}:
         return f"the model has layers of other kinds than full attention ({', '.join(sorted(layer_types))})"
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        return f"the model attends to a sliding window (of {config.sliding_window} tokens)"
+    unused = UNUSED_WINDOWS if getattr(config, "use_sliding_window", True) else {*UNUSED_WINDOWS, "sliding_window"}
+    for name, value in config.to_dict().items():  # whatever code of a model's own calls it
+        if ("window" in name or "attention_chunk" in name) and name not in unused and type(value) is int and value > 0:
+            return f"the model attends to a sliding window (of {value} tokens)"
     if not getattr(config, "rope_parameters", None):
         return "the model's positions are not rotary, so they may depend on the padding"
     if not model._can_set_attn_implementation():
@@ -70,25 +88,31 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
 
 
 def prepare_model(model: PreTrainedModel) -> None:
-    """Let `model` attend along the trie of a packed batch; its other forwards stay as they are."""
+    """Let `model` attend along the trie of a shared batch; its other forwards stay as they are."""
     if model.config.get_text_config()._attn_implementation == "sdpa":
         model.set_attn_implementation(TRIE_ATTENTION)
 
 
-def packed_logps_and_entropies(
-    model: torch.nn.Module, base_model: PreTrainedModel, packed: PackedBatch
+def restore_model(model: PreTrainedModel) -> None:
+    """Undo `prepare_model`."""
+    if model.config.get_text_config()._attn_implementation == TRIE_ATTENTION:
+        model.set_attn_implementation("sdpa")
+
+
+def shared_logps_and_entropies(
+    model: torch.nn.Module, base_model: PreTrainedModel, shared: SharedBatch
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-probabilities and entropies of the completion tokens, both `(B, C)`, zero where there is none.
 
     Args:
         model: with TRL's fused head; possibly wrapped.
         base_model: the transformers model inside.
-        packed: the batch.
+        shared: the batch.
     """
     outputs = model(
-        **model_arguments(base_model, packed),
-        shift_labels=packed.shift_labels,
+        **model_arguments(base_model, shared),
+        shift_labels=shared.shift_labels,
         fused_lm_head=True,
     )
-    entropies = None if outputs.entropy is None else packed.unpack(outputs.entropy)
-    return packed.unpack(outputs.log_probs), entropies
+    entropies = None if outputs.entropy is None else shared.unpack(outputs.entropy)
+    return shared.unpack(outputs.log_probs), entropies

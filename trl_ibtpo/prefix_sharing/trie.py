@@ -1,17 +1,17 @@
 """The prefix-shared forward: every token that rows of a batch share is computed once.
 
 Trajectories of a tree repeat the prefixes they branched from, and all completions of a question repeat its prompt.
-`pack_prefixes` lays a batch out as a trie in one row, depth first, so that the tokens under any token are the run that
-follows it; each token attends to itself and its ancestors. Where a row branches off, the last shared token is laid out
-again at the head of the branch: every position then has one token to predict, as a language-model head wants it.
+`share_prefixes` lays a batch out as a trie in one row, depth first, so that the tokens under any token are the run
+that follows it; each token attends to itself and its ancestors. Where a row branches off, the last shared token is
+laid out again at the head of the branch: every position then has one token to predict, as a language-model head wants
+it.
 Log-probabilities and entropies are gathered back to the rows, and gradients of shared tokens add up, so both equal
 those of the batch as it was up to rounding. With dropout, what is shared is dropped once.
 
 The trie is made from the token ids alone: trees, GRPO's flat groups and repeated rows all gain.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class PackedBatch:
+class SharedBatch:
     """A batch of `B` rows with `C` completion columns as one row of `L` tokens."""
 
     input_ids: torch.Tensor  # (1, L)
@@ -40,10 +40,14 @@ class PackedBatch:
     segments: tuple[Segment, ...]  # cover the positions in order
     gather: torch.Tensor  # (B, C): position that predicts each completion token; 0 where there is none
     scored: torch.Tensor  # (B, C): boolean, whether there is a token
+    _indices: dict = field(default_factory=dict, repr=False, compare=False)  # device to those of the segments
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
-        """Values of packed positions, `(1, L)`, to rows, `(B, C)`; 0 where nothing is scored, as in TRL."""
-        return values[0][self.gather].masked_fill(~self.scored, 0)
+        """Values of the one row, `(1, L)`, to rows, `(B, C)`; 0 where nothing is scored, as in TRL.
+
+        The head of a model on several devices may be on another one than the batch.
+        """
+        return values[0].to(self.gather.device)[self.gather].masked_fill(~self.scored, 0)
 
     def dense_mask(self) -> torch.Tensor:
         """Which position (row) attends to which (column), boolean, `(1, 1, L, L)`."""
@@ -75,25 +79,27 @@ class PackedBatch:
             seq_lengths=(length, length),
         )
 
-    @cached_property
-    def _segment_indices(self) -> list[tuple[slice, torch.Tensor | None, torch.Tensor | None]]:
-        """Of each segment its positions, the keys they see (None: themselves alone), and which sees which."""
-        device, result = self.input_ids.device, []
-        for segment in self.segments:
-            own = slice(segment.start, segment.stop)
-            if not segment.ancestors:
-                result.append((own, None, None))
-                continue
-            keys = torch.cat(
-                [torch.arange(*run, device=device) for run in (*segment.ancestors, (own.start, own.stop))]
-            )
-            count = own.stop - own.start
-            mask = torch.ones(count, len(keys), dtype=torch.bool, device=device).tril(len(keys) - count)
-            result.append((own, keys, mask[None, None]))
-        return result
+    def segment_indices(self, device: torch.device) -> list[tuple[slice, torch.Tensor | None, torch.Tensor | None]]:
+        """Of each segment its positions, the keys they see (None: themselves alone), and which sees which.
+
+        Made once for each device: layers of one model may be on several, and nothing moves what is in this class.
+        """
+        if device not in self._indices:
+            self._indices[device] = [_indices_of(segment, device) for segment in self.segments]
+        return self._indices[device]
 
 
-def pack_prefixes(input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int) -> PackedBatch | None:
+def _indices_of(segment: Segment, device: torch.device) -> tuple[slice, torch.Tensor | None, torch.Tensor | None]:
+    own = slice(segment.start, segment.stop)
+    if not segment.ancestors:
+        return own, None, None
+    keys = torch.cat([torch.arange(*run, device=device) for run in (*segment.ancestors, (own.start, own.stop))])
+    count = own.stop - own.start
+    mask = torch.ones(count, len(keys), dtype=torch.bool, device=device).tril(len(keys) - count)
+    return own, keys, mask[None, None]
+
+
+def share_prefixes(input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int) -> SharedBatch | None:
     """Lay out a batch of left-padded prompts and right-padded completions as one row.
 
     Args:
@@ -117,7 +123,7 @@ def pack_prefixes(input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_
     tokens: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     segments: list[Segment] = []
-    paths: dict[int, np.ndarray] = {}  # packed position of each token of a row
+    paths: dict[int, np.ndarray] = {}  # position of each token of a row, in the one row
     length, previous = 0, None
     for row in order:
         shared = 0
@@ -138,8 +144,15 @@ def pack_prefixes(input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_
         else:  # the same row again
             paths[row] = paths[previous]
         previous = row
+    if max(each[-1] for each in positions) < ids.shape[1] - 1:
+        # Some rotary embeddings depend on the longest position (dynamic, longrope). A token that nothing attends to
+        # and that is not scored keeps it that of the padded batch.
+        tokens.append(rows[0][:1])
+        positions.append(columns[-1:])
+        segments.append(Segment(length, length + 1, ()))
+        length += 1
 
-    subtree_end = np.zeros(length, dtype=np.int64)
+    subtree_end = np.arange(1, length + 1)
     labels = np.full(length, -100)
     gather, scored = np.zeros((len(rows), logits_to_keep), dtype=np.int64), solid[:, width:]
     for row in order:
@@ -148,7 +161,7 @@ def pack_prefixes(input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_
         labels[path[start - 1 : -1]] = rows[row][start:]
         gather[row, : len(path) - start] = path[start - 1 : -1]
     device = input_ids.device
-    return PackedBatch(
+    return SharedBatch(
         input_ids=torch.from_numpy(np.concatenate(tokens))[None].to(device),
         position_ids=torch.from_numpy(np.concatenate(positions))[None].to(device),
         shift_labels=torch.from_numpy(labels)[None].to(device),

@@ -89,6 +89,28 @@ def to_resume_from(choice: str | Path | bool, output_dir: str) -> str:
     return str(folder)
 
 
+def agreed(found: list[str | Exception | None]) -> str | None:
+    """The checkpoint that all processes resume from, `None` where all start anew.
+
+    Args:
+        found: by process, its folder, `None` where it starts anew, or why it has no folder.
+
+    Raises:
+        ValueError: alike in every process, where one of them has no folder or they differ.
+    """
+    if all(each == found[0] for each in found) and not isinstance(found[0], Exception):
+        return found[0]
+    if any(isinstance(each, Exception) for each in found):
+        rank, error = next((rank, each) for rank, each in enumerate(found) if isinstance(each, Exception))
+        where = "" if len(found) == 1 else f"Process {rank} of {len(found)} cannot resume, so none does. "
+        raise ValueError(f"{where}{error}") from error
+    names = ", ".join(f"process {rank}: {each or 'none, it starts anew'}" for rank, each in enumerate(found))
+    raise ValueError(
+        f"Processes found different checkpoints to resume from in `output_dir` ({names}). Give the path of one that "
+        "every machine has as `resume_from_checkpoint`, or put `output_dir` on a disk that they share."
+    )
+
+
 def describe_failure(folder: Path, error: Exception) -> str:
     """What happened to a checkpoint that could not be written, and what is left to continue from."""
     left = last_whole(folder.parent)
@@ -142,16 +164,13 @@ class WholeCheckpoints:
     """For a transformers `Trainer`: checkpoints get a manifest, and training resumes from whole ones."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
-        if resume_from_checkpoint:
-            self.accelerator.wait_for_everyone()  # the main process may still be writing that of a run just ended
-            resume_from_checkpoint = to_resume_from(resume_from_checkpoint, self.args.output_dir)
-            chosen = gather_object([resume_from_checkpoint])
-            if len(set(chosen)) > 1:
-                raise ValueError(
-                    f"Processes found different last checkpoints in `output_dir`: {', '.join(sorted(set(chosen)))}. "
-                    "Give the path of one that every node has as `resume_from_checkpoint`."
-                )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        self.accelerator.wait_for_everyone()  # the main process may still be writing that of a run just ended
+        choice = resume_from_checkpoint or None
+        try:
+            found = None if choice is None else to_resume_from(choice, self.args.output_dir)
+        except (OSError, ValueError) as error:
+            found = error  # raised by every process below: one that left now would keep the others waiting
+        return super().train(agreed(gather_object([found])), *args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")

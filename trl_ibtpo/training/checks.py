@@ -3,7 +3,9 @@
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
+from accelerate.utils import get_int_from_env
 from packaging.version import Version
 from torch import nn
 from transformers.utils import logging
@@ -64,6 +66,7 @@ def refuse_unsupported(
     _check_columns(train_dataset, eval_dataset, args)
     if args.use_vllm:
         _check_vllm_arguments(args)
+        check_server_address(args)
         check_vllm()
 
 
@@ -124,6 +127,30 @@ def _check_generation_kwargs(args: GRPOConfig) -> None:
                 f"(`step_delimiter` is {delimiter!r}) and go on in a branch, which it would not end. Give a text that "
                 "neither begins with the end of the delimiter nor holds the whole of it before its own end."
             )
+
+
+_THIS_MACHINE = ("0.0.0.0", "localhost", "127.0.0.1", "::1")
+_LOCAL_PROCESSES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+
+
+def check_server_address(args: GRPOConfig) -> None:
+    """Raise where processes on several machines would each look for the vLLM server on their own machine.
+
+    TRL connects the main process alone, beside which the server may run; here every process has its own connection.
+    How many processes run on this machine is what the launcher says: torchrun, DeepSpeed, Open MPI, Intel MPI.
+    """
+    local = get_int_from_env(_LOCAL_PROCESSES, args.world_size)
+    if args.vllm_mode != "server" or local >= args.world_size:
+        return
+    url = args.vllm_server_base_url
+    host = args.vllm_server_host if url is None else urlsplit(url).hostname
+    if host in _THIS_MACHINE:
+        name, value = ("vllm_server_host", host) if url is None else ("vllm_server_base_url", url)
+        raise ValueError(
+            f"`{name}` is {value!r}, which means itself on each machine of this run "
+            f"({args.world_size} processes, {local} of them here): every process connects to the vLLM server. Give an "
+            "address that all of them reach, for example `vllm_server_base_url='http://10.0.0.5:8000'`."
+        )
 
 
 def _check_model(model: Any, args: GRPOConfig, processing_class: Any, kwargs: dict[str, Any]) -> None:
