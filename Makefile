@@ -15,10 +15,10 @@ export TOKENIZERS_PARALLELISM ?= false
 quickstart: .venv/installed
 	@$(BIN)/python examples/quickstart.py
 
-# The style tests run ruff, its format included. A single thread each, since both cores have a worker.
+# The style tests run ruff, its format included. One process: a second would load the libraries once more.
 PURE := style config steps tree scores advantages growth benchmarks
 check: .venv/installed
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist load $(wildcard $(PURE:%=tests/test_%.py))
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(wildcard $(PURE:%=tests/test_%.py))
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10

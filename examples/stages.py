@@ -68,6 +68,8 @@ class Stages:
         """End the last stage and print a table of names and values."""
         self.end()
         table = Table(title=title, title_justify="left", show_header=False)
+        table.add_column()
+        table.add_column(overflow="fold")  # a path is shown whole
         for name, value in rows.items():
             table.add_row(name, value)
         self.console.print("", table)

@@ -8,7 +8,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed writes to standard output that it found no other
 
 import pytest
-import tiny
 import torch
 
 torch.set_num_threads(1)
@@ -26,12 +25,16 @@ def environment_of_its_own():
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory) -> str:
     """A tiny Qwen3 with a byte-level tokenizer."""
+    import tiny  # here, since it loads transformers and TRL, which not every test needs
+
     return tiny.save_tiny(tmp_path_factory.mktemp("model"), tiny.byte_level_tokenizer())
 
 
 @pytest.fixture
 def config(tmp_path):
     """Builds an IBTPOConfig that trains a few fast, reproducible steps; fields can be overridden."""
+    import tiny
+
     from trl_ibtpo import IBTPOConfig
 
     def build(**overrides):

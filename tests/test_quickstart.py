@@ -84,9 +84,10 @@ def test_errors_are_shown_with_their_traceback(command):
 
 def test_quickstart(tmp_path):
     """From end to end, with too few steps to learn anything."""
-    arguments = ["--output_dir", str(tmp_path), "--warm_steps", "2", "--steps", "1"]
+    arguments = ["--output_dir", "out", "--warm_steps", "2", "--steps", "1"]
     command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     lines = result.stdout.splitlines()
@@ -98,6 +99,6 @@ def test_quickstart(tmp_path):
     }.items():
         assert sum(bool(re.search(rf"✓ {stage} .*{figures}", line)) for line in lines) == 1, result.stdout
     for name in ("learning_curve.png", "tree.png", "log.txt"):
-        assert (tmp_path / name).stat().st_size > 0
-        assert name in result.stdout.replace("\n", "")
-    assert "tree/effective_rate" in (tmp_path / "log.txt").read_text()
+        assert (tmp_path / "out" / name).stat().st_size > 0
+        assert f"out/{name}" in result.stdout
+    assert "tree/effective_rate" in (tmp_path / "out" / "log.txt").read_text()
