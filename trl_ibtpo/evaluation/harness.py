@@ -79,7 +79,7 @@ def _task_manager(include_path: str | Path | None):
     except ImportError as error:
         raise ImportError(
             f"Benchmarks by name need lm-evaluation-harness, which cannot be imported ({error}). Install it with: "
-            "pip install 'trl_ibtpo[evaluation]'."
+            "pip install '.[evaluation]' in a copy of the repository."
         ) from error
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"`include_path` is {str(include_path)!r}, which is not a folder.")

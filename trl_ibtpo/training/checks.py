@@ -25,7 +25,7 @@ def check_vllm() -> None:
     except ImportError as error:
         raise ImportError(
             f"`use_vllm=True` needs vLLM, which cannot be imported ({error}). Tested versions: {oldest} to {newest}. "
-            "Install one with: pip install 'trl_ibtpo[vllm]'."
+            "Install one with: pip install '.[vllm]' in a copy of the repository."
         ) from error
     version = Version(vllm.__version__)
     if not Version(oldest) <= Version(f"{version.major}.{version.minor}") <= Version(newest):
