@@ -190,10 +190,10 @@ class PrefixSharedForward:
 def _without_traces(model: torch.nn.Module) -> Iterator[None]:
     """No gradients, no dropout, and afterwards every module in the mode that it was in."""
     modes = [(module, module.training) for module in model.modules()]
-    for module, training in modes:
+    for module, _ in modes:
         # On some processors bitsandbytes repacks 4-bit weights for good when they are first used for inference, in a
-        # form that has no gradient. Such a layer computes the same in both modes.
-        module.training = training and hasattr(getattr(module, "weight", None), "quant_state")
+        # form that has no gradient. Such a layer computes the same while training.
+        module.training = hasattr(getattr(module, "weight", None), "quant_state")
     try:
         with torch.no_grad():
             yield
