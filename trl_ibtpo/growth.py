@@ -16,6 +16,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -43,7 +44,7 @@ class GrowthSettings:
     max_completion_length: int = 2048
     branch_lookahead: int = 0
 
-    @property
+    @cached_property
     def leaves(self) -> int:
         """`G = B0 + (L - 1) K B`."""
         return self.tree_initial_rollouts + (self.tree_levels - 1) * self.branches_per_round
@@ -93,7 +94,7 @@ class _Branch:
 
     @property
     def complete(self) -> bool:
-        return self.rollout is not None and self.reward is not None
+        return self.reward is not None
 
 
 class TreeGrower:
@@ -134,6 +135,7 @@ class TreeGrower:
         self._now = 0  # ticks of the tree's clock
         self._branches: list[_Branch] = []  # every rollout submitted so far
         self._pending: list[_Branch] = []  # those that have not ended on the tree's clock
+        self._complete = 0  # how many of these are sampled and rewarded
         self._branched: set[int] = set()
         self._choices: list[Choice] = []
 
@@ -144,10 +146,9 @@ class TreeGrower:
     @property
     def can_advance(self) -> bool:
         """Whether enough rollouts are complete that a round might start, or the tree be done."""
-        complete = sum(branch.complete for branch in self._pending)
-        running = len(self._pending) - complete
+        running = len(self._pending) - self._complete
         more = len(self._branches) < self.settings.leaves
-        return complete > 0 and running <= (self.settings.branch_lookahead if more else 0)
+        return self._complete > 0 and running <= (self.settings.branch_lookahead if more else 0)
 
     def scores(self) -> TreeScores:
         """Scores of the tree as grown so far."""
@@ -176,6 +177,7 @@ class TreeGrower:
 
     def add_reward(self, leaf: int, reward: float) -> None:
         self._branches[leaf].reward = reward
+        self._complete += 1
 
     def next_requests(self, engine: RolloutEngine | None = None) -> list[RolloutRequest]:
         """Move the tree's clock as far as is known and return the rollouts to submit now; empty while it has to wait.
@@ -232,16 +234,19 @@ class TreeGrower:
     def _describe_choice(
         self, steps: list[int], priority: np.ndarray, eligible: np.ndarray, deferred: np.ndarray
     ) -> Choice:
-        candidates = np.flatnonzero(eligible)
-        best = candidates[np.argsort(-priority[candidates], kind="stable")][:CANDIDATES_KEPT].tolist()
+        best = np.flatnonzero(eligible)
+        if len(best) > CANDIDATES_KEPT:  # sorting all of a large tree would take longer than scoring it
+            values = -priority[best]
+            best = best[~(values > np.partition(values, CANDIDATES_KEPT)[CANDIDATES_KEPT])]
+        best = best[np.argsort(-priority[best], kind="stable")][:CANDIDATES_KEPT].tolist()
         best += [step for step in dict.fromkeys(steps) if step not in best]
         return Choice(
             round=len(self._choices) + 1,
             steps=steps,
             candidates=best,
             priorities=priority[best].tolist(),
-            deferred=[step for step in best if deferred[step]],
-            eligible=len(candidates),
+            deferred=[step for step, last in zip(best, deferred[best].tolist(), strict=True) if last],
+            eligible=int(np.count_nonzero(eligible)),
         )
 
     def _eligible(self, scores: TreeScores) -> np.ndarray:
@@ -266,7 +271,7 @@ class TreeGrower:
             request_id=(self.name, leaf),
             prefix_ids=self.tree.prompt_ids + prefix,
             max_tokens=self.settings.max_completion_length - len(prefix),
-            seed=int(np.random.SeedSequence([*self._seed, 1, leaf]).generate_state(1)[0]),
+            seed=int(np.random.SeedSequence(np.array([*self._seed, 1, leaf], np.uint32)).generate_state(1)[0]),
         )
 
     def _end(self, branch: _Branch, engine: RolloutEngine | None) -> float:
@@ -291,6 +296,7 @@ class TreeGrower:
         self.tree.extend(branch.leaf, token_ids, logprobs, turn_ends(self._splitter.ends, token_ids, logprobs))
         self.tree.add_reward(branch.leaf, branch.reward)
         self._pending.remove(branch)
+        self._complete -= 1
         branch.rollout = None  # the tree owns it now
         return True
 

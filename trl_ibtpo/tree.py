@@ -13,7 +13,7 @@ rollouts, `_T` tokens of a trajectory.
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import pairwise
 from math import isnan, nan
 from typing import NamedTuple
 
@@ -116,7 +116,11 @@ class RolloutTree:
                 f"A rollout needs at least one token, one log-probability a token and steps that cover it; got "
                 f"{len(token_ids)} tokens, {len(logprobs)} log-probabilities and step ends {list(step_ends)}."
             )
-        observed, logprobs = _observations(logprobs, step_ends)
+        try:
+            totals, observed = _sums(logprobs, step_ends), [0] * len(step_ends)
+        except TypeError:  # a None; looking for one would take longer than all sums
+            observed, logprobs = _observations(logprobs, step_ends)
+            totals = _sums(logprobs, step_ends)
         after, first, count = self.leaves[leaf], len(self), len(step_ends)
         before = self._ends[after]
         self._parents.extend([after, *range(first, first + count - 1)])
@@ -126,13 +130,13 @@ class RolloutTree:
         self._child_counts[after] += 1
         self._child_counts.extend([1] * (count - 1) + [0])
         self._observed.extend(observed)
-        for start, end in pairwise([0, *step_ends]):
-            total, known = sum(logprobs[start:end]), end - start
-            if isnan(total):
-                numbers = [logprob for logprob in logprobs[start:end] if not isnan(logprob)]
-                total, known = sum(numbers), len(numbers)
-            self._logprob_sums.append(total)
-            self._logprob_counts.append(known)
+        counts = [end - start for start, end in pairwise([0, *step_ends])]
+        if isnan(sum(totals)):
+            for step, end in enumerate(step_ends):
+                numbers = [logprob for logprob in logprobs[end - counts[step] : end] if not isnan(logprob)]
+                totals[step], counts[step] = sum(numbers), len(numbers)
+        self._logprob_sums.extend(totals)
+        self._logprob_counts.extend(counts)
         self._success_sums.extend([0.0] * count)
         self._success_counts.extend([0.0] * count)
         self.leaves[leaf] = first + count - 1
@@ -188,12 +192,14 @@ class RolloutTree:
         return self._joined(self.leaves[leaf], "token_ids"), self._joined(self.leaves[leaf], "logprobs")
 
     def _joined(self, step: int, what: str) -> list:
-        parts = []
+        parts, joined = [], []
         while step > 0:
             piece = self._pieces[self._piece_of[step]]
             parts.append(getattr(piece, what)[: self._ends[step] - self._ends[piece.after]])
             step = piece.after
-        return list(chain.from_iterable(reversed(parts)))
+        for part in reversed(parts):
+            joined += part
+        return joined
 
     def parents(self) -> np.ndarray:
         """Parent index of every step, `(N,)`; -1 for the root."""
@@ -265,10 +271,13 @@ class RolloutTree:
         return sum(self._ends[leaf] for leaf in self.leaves)
 
 
-def _observations(logprobs: Sequence[float | None], step_ends: Sequence[int]) -> tuple[list[int], Sequence[float]]:
+def _sums(logprobs: Sequence[float], step_ends: Sequence[int]) -> list[float]:
+    """Sampling log-probability of each step."""
+    return [sum(logprobs[start:end]) for start, end in pairwise([0, *step_ends])]
+
+
+def _observations(logprobs: Sequence[float | None], step_ends: Sequence[int]) -> tuple[list[int], list[float]]:
     """How many of the last tokens of each step nobody sampled, and the log-probabilities with NaN for those."""
-    if None not in logprobs:
-        return [0] * len(step_ends), logprobs
     observed = []
     for start, end in pairwise([0, *step_ends]):
         values = logprobs[start:end]
