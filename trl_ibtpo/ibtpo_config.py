@@ -9,7 +9,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from .advantages import ADVANTAGES
-from .branching import STRATEGIES
+from .branching import STRATEGIES, uses_rewards
 from .growth import GrowthSettings
 
 
@@ -102,7 +102,8 @@ class IBTPOConfig(GRPOConfig):
 
         branching (`str`, *optional*, defaults to `"ib"`):
             Which steps to branch: `"ib"` (highest IB-Score), `"confidence"` (lowest confidence first, needs no
-            reward), `"random"`, or `"independent"` (no tree: all rollouts start at the question).
+            reward), `"random"`, or `"independent"` (no tree: all rollouts start at the question). A function of your
+            own goes to the trainer: `IBTPOTrainer(..., branching=function)`, see docs/methods.md.
         allow_root_branching (`bool`, *optional*, defaults to `False`):
             Whether a round may choose the question itself. Where no other step can be branched, it is chosen anyway.
         allow_repeated_branching (`bool`, *optional*, defaults to `True`):
@@ -371,7 +372,8 @@ class IBTPOConfig(GRPOConfig):
     @property
     def success_steers(self) -> bool:
         """Whether success decides where trees branch, or what their steps are worth."""
-        return (self.branches and self.branching == "ib") or (self.advantage == "ibtpo" and self.ib_coef != 0)
+        branching = self.branches and uses_rewards(STRATEGIES[self.branching])
+        return branching or (self.advantage == "ibtpo" and self.ib_coef != 0)
 
     def _check_tree(self) -> None:
         for names, holds, rule in RULES:
