@@ -1,6 +1,7 @@
 """Strategies in training: a function of one's own, and one that learns, whose knowledge is saved with checkpoints."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,7 +89,7 @@ def test_what_a_strategy_has_learned_is_saved_and_read_again(model_path, config)
 
     output_dir = run(2, learner := Learner())
     assert learner.seen == 2 * 4  # trajectories of two steps, a tree each
-    state = f"{output_dir}/checkpoint-2/{checkpoints.STRATEGY}"
-    assert json.load(open(state)) == {"seen": 8}
+    state = Path(output_dir, "checkpoint-2", checkpoints.STRATEGY).read_text()
+    assert json.loads(state) == {"seen": 8}
     run(3, learner := Learner(), resume_from_checkpoint=True)
     assert learner.seen == 3 * 4

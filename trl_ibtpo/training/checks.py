@@ -146,9 +146,9 @@ def check_strategy(strategy: Any, args: GRPOConfig) -> None:
         return
     if not callable(strategy) or isinstance(strategy, type):
         raise TypeError(
-            f"`branching` of the trainer is {strategy!r}; give a function of a tree, its scores and a random generator "
-            "that returns the priority of every step. A strategy that comes with the package is named in the "
-            "configuration: IBTPOConfig(branching='confidence')."
+            f"`branching` of the trainer is {strategy!r}; give a function of a tree, its scores and a random "
+            "generator that returns the priority of every step. A strategy of the package is named in the configuration: "
+            "IBTPOConfig(branching='confidence')."
         )
     if name_of(strategy) in STRATEGIES:
         raise ValueError(
