@@ -147,8 +147,8 @@ def check_strategy(strategy: Any, args: GRPOConfig) -> None:
     if not callable(strategy) or isinstance(strategy, type):
         raise TypeError(
             f"`branching` of the trainer is {strategy!r}; give a function of a tree, its scores and a random "
-            "generator that returns the priority of every step. A strategy of the package is named in the configuration: "
-            "IBTPOConfig(branching='confidence')."
+            "generator that returns the priority of every step. A strategy of the package is a name in "
+            "the configuration: IBTPOConfig(branching='confidence')."
         )
     if name_of(strategy) in STRATEGIES:
         raise ValueError(
