@@ -43,6 +43,7 @@ class GrowthSettings:
     step_confidence: StepConfidence = "geometric_mean"
     max_completion_length: int = 2048
     branch_lookahead: int = 0
+    success_range: tuple[float, float] | None = None
 
     @cached_property
     def leaves(self) -> int:
@@ -123,7 +124,7 @@ class TreeGrower:
         clock: Clock = "tokens",
         strategy: Strategy | None = None,
     ):
-        self.tree = RolloutTree(prompt_ids)
+        self.tree = RolloutTree(prompt_ids, settings.success_range)
         self.settings = settings
         self.name = 0  # its place among the trees that grow together, which `drive` knows
         self._strategy = strategy if strategy is not None else make_strategy(settings.branching)
@@ -240,18 +241,22 @@ class TreeGrower:
         self, steps: list[int], priority: np.ndarray, eligible: np.ndarray, deferred: np.ndarray
     ) -> Choice:
         best = np.flatnonzero(eligible)
-        if len(best) > CANDIDATES_KEPT:  # sorting all of a large tree would take longer than scoring it
-            values = -priority[best]
-            best = best[~(values > np.partition(values, CANDIDATES_KEPT)[CANDIDATES_KEPT])]
-        best = best[np.argsort(-priority[best], kind="stable")][:CANDIDATES_KEPT].tolist()
-        best += [step for step in dict.fromkeys(steps) if step not in best]
+        values, count = -priority[best], len(best)
+        if count > CANDIDATES_KEPT:  # sorting all of a large tree would take longer than scoring it
+            kept = ~(values > np.partition(values, CANDIDATES_KEPT)[CANDIDATES_KEPT])
+            best, values = best[kept], values[kept]
+        best = best[values.argsort(kind="stable")[:CANDIDATES_KEPT]]
+        ranked = best.tolist()
+        missing = [step for step in dict.fromkeys(steps) if step not in ranked]
+        if missing:
+            best = np.append(best, missing)
         return Choice(
             round=len(self._choices) + 1,
             steps=steps,
-            candidates=best,
+            candidates=ranked + missing,
             priorities=priority[best].tolist(),
-            deferred=[step for step, last in zip(best, deferred[best].tolist(), strict=True) if last],
-            eligible=int(np.count_nonzero(eligible)),
+            deferred=best[deferred[best]].tolist(),
+            eligible=count,
         )
 
     def _eligible(self, scores: TreeScores) -> np.ndarray:

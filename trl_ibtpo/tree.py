@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+ROUNDING = 2e-6  # by which a reward may be outside [0, 1] and count as inside
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -48,16 +50,18 @@ class RolloutTree:
 
     Args:
         prompt_ids: token ids of the question.
+        success_range: the rewards that are success 0 and 1, see `add_reward`.
     """
 
-    def __init__(self, prompt_ids: Sequence[int]):
+    def __init__(self, prompt_ids: Sequence[int], success_range: tuple[float, float] | None = None):
         self.prompt_ids = list(prompt_ids)
         self.leaves: list[int] = []  # step index of each rollout's last step so far
         self.branch_steps: list[int] = []  # step index each rollout was opened after
         self.rounds: list[int] = []  # round that each rollout belongs to, 0 for the initial ones
         self.rewards: list[float] = []  # of each leaf, from the function that names success; NaN where unknown
         self.success: list[float] = []  # the same in [0, 1], see `add_reward`
-        self._range = (0.0, 1.0)  # rewards that are success 0 and 1
+        self._range = success_range or (0.0, 1.0)  # the same, or what they are so far
+        self._range_is_known = success_range is not None
         self._pieces: list[_Piece] = []
         # Of each step; the root's come first.
         self._parents, self._ends, self._piece_of = array("q", [-1]), array("q", [0]), array("q", [-1])
@@ -145,15 +149,16 @@ class RolloutTree:
     def add_reward(self, leaf: int, reward: float) -> None:
         """What the reward function that names success gave to a whole trajectory; NaN where it gave nothing.
 
-        Success is a reward in [0, 1] as it is. Where this tree has a reward outside of it, success is
-        `(reward - min) / (max - min)` over its rewards so far, and 1/2 where all are equal: no information.
+        Success is a reward in [0, 1] as it is, or `(reward - low) / (high - low)` where the range is known, clipped.
+        Where it is not and this tree has a reward outside of [0, 1], success is `(reward - min) / (max - min)` over
+        its rewards so far, and 1/2 where all are equal: no information.
         """
         self.rewards[leaf] = reward
         if isnan(reward):
             return
         low, high = self._range
-        if low == 0.0 and high == 1.0 and 0.0 <= reward <= 1.0:
-            self._add_success(leaf, reward)
+        if self._range_is_known or (low == 0.0 and high == 1.0 and abs(reward - 0.5) <= 0.5 + ROUNDING):
+            self._add_success(leaf, min(max((reward - low) / (high - low), 0.0), 1.0))
             return
         known = [other for other in self.rewards if not isnan(other)]
         if self._range != (min(known), max(known)):

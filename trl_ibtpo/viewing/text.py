@@ -9,6 +9,7 @@ from rich.tree import Tree
 from ..growth import GrownTree
 from ..scores import TreeScores
 from .drawing import LEAF_MARKERS, leaf_kind
+from .lines import one_line
 
 STYLES = {"right": "green", "wrong": "red", "unscored": "dim"}
 
@@ -21,7 +22,7 @@ def render_tree(grown: GrownTree, decode: Callable[[list[int]], str], title: str
     tree, scores = grown.tree, grown.scores
     kinds = {leaf: leaf_kind(success) for leaf, success in zip(tree.leaves, tree.success, strict=True)}
     counts = ", ".join(f"{list(kinds.values()).count(kind)} {kind}" for kind in LEAF_MARKERS)
-    heading = f"{printable(title)}\n{len(tree.leaves)} trajectories: {counts}; {tree.generated_tokens} tokens"
+    heading = f"{one_line(title)}\n{len(tree.leaves)} trajectories: {counts}; {tree.generated_tokens} tokens"
     view = Tree(Text(heading, style="bold"))
     pending = [(child, view) for child in reversed(tree.steps[0].children)]
     while pending:  # no recursion: a completion may have thousands of steps
@@ -29,7 +30,7 @@ def render_tree(grown: GrownTree, decode: Callable[[list[int]], str], title: str
         label = Text()
         while True:  # steps without a branch between them stay on one level
             label.append(_figures(scores, step), style="cyan")
-            label.append(printable(decode(tree.steps[step].token_ids)))
+            label.append(one_line(decode(tree.steps[step].token_ids)))
             children = tree.steps[step].children
             if len(children) != 1:
                 break
@@ -69,8 +70,3 @@ def describe_tree(grown: GrownTree, decode: Callable[[list[int]], str]) -> dict[
         for step, after, success in zip(tree.leaves, tree.branch_steps, tree.success, strict=True)
     ]
     return {"steps": steps, "leaves": leaves, "generated_tokens": tree.generated_tokens}
-
-
-def printable(text: str) -> str:
-    """`text` on one line, without what a terminal would obey."""
-    return "".join(char if char.isprintable() else "\ufffd" for char in " ".join(text.split()))
