@@ -1,7 +1,7 @@
 """Checks that fail before training starts, or at the first row that cannot be trained on."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -11,6 +11,8 @@ from torch import nn
 from transformers.utils import logging
 from trl import GRPOConfig
 from trl.distributed import DistributedBackend
+
+from ..advantages import ADVANTAGES
 
 logger = logging.get_logger(__name__)
 
@@ -131,6 +133,28 @@ def _check_generation_kwargs(args: GRPOConfig) -> None:
 
 _THIS_MACHINE = ("0.0.0.0", "localhost", "127.0.0.1", "::1")
 _LOCAL_PROCESSES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+
+
+def name_of(function: Callable) -> str:
+    """What a user's own function is called in messages, records and cards."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def check_advantage(advantage: Any, args: GRPOConfig) -> None:
+    """Raise where what the trainer got as `advantage` cannot give advantages, or has the name of one that is here."""
+    if advantage is None:
+        return
+    if not callable(advantage) or isinstance(advantage, type):
+        raise TypeError(
+            f"`advantage` of the trainer is {advantage!r}; give a function of a GradedTree that returns the advantage "
+            "of every step or trajectory. An advantage of the package is a name in the configuration: "
+            "IBTPOConfig(advantage='grpo')."
+        )
+    if name_of(advantage) in ADVANTAGES and advantage is not ADVANTAGES[name_of(advantage)]:
+        raise ValueError(
+            f"`advantage` of the trainer is a function named '{name_of(advantage)}', as an advantage of the package "
+            "is. Rename it: model cards and records go by this name."
+        )
 
 
 def check_server_address(args: GRPOConfig) -> None:
