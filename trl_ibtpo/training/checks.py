@@ -13,6 +13,7 @@ from trl import GRPOConfig
 from trl.distributed import DistributedBackend
 
 from ..advantages import ADVANTAGES
+from ..branching import STRATEGIES, uses_rewards
 
 logger = logging.get_logger(__name__)
 
@@ -154,6 +155,34 @@ def check_advantage(advantage: Any, args: GRPOConfig) -> None:
         raise ValueError(
             f"`advantage` of the trainer is a function named '{name_of(advantage)}', as an advantage of the package "
             "is. Rename it: model cards and records go by this name."
+        )
+
+
+def check_strategy(strategy: Any, args: GRPOConfig) -> None:
+    """Raise where what the trainer got as `branching` cannot choose steps."""
+    if strategy is None:
+        return
+    if not callable(strategy) or isinstance(strategy, type):
+        raise TypeError(
+            f"`branching` of the trainer is {strategy!r}; give a function of a tree, its scores and a random "
+            "generator that returns the priority of every step. A strategy of the package is a name in "
+            "the configuration: IBTPOConfig(branching='confidence')."
+        )
+    if name_of(strategy) in STRATEGIES:
+        raise ValueError(
+            f"`branching` of the trainer is a function named '{name_of(strategy)}', as a strategy of the package is. "
+            "Rename it: trees and model cards go by this name."
+        )
+    if args.branching == "independent":
+        raise ValueError(
+            f"`branching` of the trainer is the function '{name_of(strategy)}', but `branching` of the configuration "
+            "is 'independent', which never asks one. Leave the field out."
+        )
+    if args.shared_token_weight == "sampled" and uses_rewards(strategy):
+        raise ValueError(
+            f"`shared_token_weight` is 'sampled', which is right only where rewards do not decide where trees "
+            f"branch, but the function '{name_of(strategy)}' does not say that it leaves them alone. If it does, set "
+            "its `uses_rewards = False`; else use `shared_token_weight='once'`."
         )
 
 
