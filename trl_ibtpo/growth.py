@@ -23,7 +23,7 @@ import numpy as np
 from .branching import STRATEGIES, select_steps
 from .engines.base import Clock, Rollout, RolloutEngine, RolloutRequest
 from .scores import StepConfidence, TreeScores, score_tree
-from .steps import StepSplitter
+from .steps import StepSplitter, turn_ends
 from .tree import RolloutTree
 
 
@@ -164,6 +164,9 @@ class TreeGrower:
 
     def add_rollout(self, leaf: int, rollout: Rollout) -> None:
         branch = self._branches[leaf]
+        if rollout.restarted:
+            branch.after, branch.prefix = 0, []
+            self.tree.restart(leaf)
         allowed = self.settings.max_completion_length - len(branch.prefix)
         if not 0 < len(rollout.token_ids) <= allowed:
             raise RuntimeError(
@@ -284,8 +287,8 @@ class TreeGrower:
             return False
         self._now = self._end(branch, engine)
         rollout, grafted = branch.rollout, branch.grafted
-        token_ids = rollout.token_ids[grafted:]
-        self.tree.extend(branch.leaf, token_ids, rollout.logprobs[grafted:], self._splitter.ends(token_ids))
+        token_ids, logprobs = rollout.token_ids[grafted:], rollout.logprobs[grafted:]
+        self.tree.extend(branch.leaf, token_ids, logprobs, turn_ends(self._splitter.ends, token_ids, logprobs))
         self.tree.add_reward(branch.leaf, branch.reward)
         self._pending.remove(branch)
         branch.rollout = None  # the tree owns it now
@@ -302,7 +305,8 @@ class TreeGrower:
             return
         else:
             token_ids, logprobs = engine.partial((self.name, branch.leaf), start, stop)
-        ends = self._splitter.ends(token_ids)[:-1]  # the last is not complete, as far as one knows
+        # The last is not complete, as far as one knows.
+        ends = turn_ends(self._splitter.ends, token_ids, logprobs)[:-1]
         if ends:
             self.tree.extend(branch.leaf, token_ids[: ends[-1]], logprobs[: ends[-1]], ends)
             branch.grafted += ends[-1]
