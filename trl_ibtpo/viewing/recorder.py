@@ -24,6 +24,7 @@ from ..advantages import TokenAdvantages
 from ..growth import GrownTree
 from .library import METRICS
 from .records import Record, dump_record, record_group, record_tree
+from .trackers import show_in_trackers
 
 logger = logging.get_logger(__name__)
 
@@ -104,6 +105,8 @@ class TreeLog(TrainerCallback):
             logger.warning_once(f"Trees are not recorded in '{self.folder}': {error}. Training goes on. Said once.")
             with suppress(OSError):
                 part.unlink()
+            return
+        show_in_trackers(self.trainer, records[0], step)
 
     def on_train_begin(self, args, state, control, **kwargs):
         """A run that starts anew leaves an earlier one's trees in a folder beside its own."""

@@ -75,6 +75,10 @@ def record_tree(
             pieces = [one(token_id) for token_id in piece.token_ids]
             if "".join(pieces) == text:  # not where a character is written in several tokens
                 node["token_ends"] = list(accumulate(map(len, pieces)))
+            if piece.observed:
+                cut = len(piece.token_ids) - piece.observed
+                texts = zip(("assistant", "observation"), (piece.token_ids[:cut], piece.token_ids[cut:]), strict=True)
+                node["parts"] = [{"role": role, "text": decode(token_ids)} for role, token_ids in texts]
         nodes.append(node)
     return {
         "format": FORMAT,
