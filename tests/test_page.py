@@ -6,6 +6,7 @@ One Chromium for all of it. A page that asks for anything but itself, or that sa
 import json
 import random
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from benchmarks.viewer import CHROMIUM, QUIET, sample_record
 from trl_ibtpo.viewing.library import Library
 from trl_ibtpo.viewing.page import WEB, as_script, page_of, write_page
 from trl_ibtpo.viewing.records import dump_record, record_group
+from trl_ibtpo.viewing.server import make_server
 
 HOSTILE = [
     "<script>window.pwned = 1</script>",
@@ -477,3 +479,30 @@ def test_a_record_of_others_says_what_it_lacks(show):
     page = show([record])
     assert "Not recorded: step, question, method" in page.locator(".pane").inner_text()
     assert items(page).count() == 3
+
+
+def test_a_run_is_followed(browser, tmp_path):
+    run = write_run(tmp_path, "run", 0, count=1)
+    server = make_server(Library([run]))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    page = browser.new_page()
+    requests, complaints = [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("console", lambda message: complaints.append(message.text))
+    address = "http://{}:{}/".format(*server.server_address)
+    try:
+        page.goto(address)
+        until(page, "panes.length === 1 && document.querySelectorAll('[role=treeitem]').length > 12")
+        line = dump_record(sample_record(2, step=2, question="What came later"))
+        (run / "trees" / "step-000002.jsonl").write_text(line + "\n")
+        until(page, "document.getElementById('trees').textContent.includes('What came later')")
+        assert page.locator("#live").inner_text() == "following"
+        page.get_by_text("What came later").click()
+        until(page, "document.querySelector('.asked').textContent === 'What came later'")
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+        page.close()
+    assert complaints == [] and all(url.startswith(address) or url.startswith("data:") for url in requests)

@@ -74,6 +74,17 @@ def test_independent_groups_are_recorded_too(model_path, config, opened):
     assert len(record["leaves"]) == 6
 
 
+def test_a_strategy_of_a_users_own_has_its_name(model_path, config):
+    def longest_first(tree, scores, rng):
+        return np.array(tree.ends(), dtype=float)
+
+    run = IBTPOTrainer(model_path, tiny.even_length, config(log_trees=1), tiny.questions(), branching=longest_first)
+    method = run._tree_log._method()
+    assert (method["branching"], method["uses_rewards"], method["advantage"]) == ("longest_first", True, "ibtpo")
+    method = trainer(model_path, config(branching="confidence"))._tree_log._method()
+    assert "branching" not in method and method["uses_rewards"] is False
+
+
 def test_off_writes_nothing(model_path, config, tmp_path):
     args = config(max_steps=1)
     run = trainer(model_path, args)

@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..advantages import TokenAdvantages
+from ..branching import STRATEGIES, uses_rewards
 from ..growth import GrownTree
 from .library import METRICS
 from .records import Record, dump_record, record_group, record_tree
@@ -85,13 +86,20 @@ class TreeLog(TrainerCallback):
                     for column, name in enumerate(trainer.reward_func_names)
                 },
                 advantages=found,
-                method={name: getattr(trainer.args, name) for name in METHOD_FIELDS},
+                method=self._method(),
                 end_ids=ends,
                 decode_token=self._decode_token,
             )
             for tree, (each, found) in enumerate(zip(grown[: self.count], advantages, strict=False))
         ]
         self.write(records, step, batch)
+
+    def _method(self) -> dict[str, Any]:
+        args, strategy = self.trainer.args, self.trainer._strategy
+        method = {name: getattr(args, name) for name in METHOD_FIELDS}
+        if strategy is not None and STRATEGIES[args.branching] not in (strategy, type(strategy)):  # a user's own
+            method["branching"] = getattr(strategy, "__name__", type(strategy).__name__)
+        return {**method, "uses_rewards": uses_rewards(strategy)}
 
     def write(self, records: Sequence[Record], step: int, batch: int = 0) -> None:
         """All records or none: a file has its name only when it is complete."""

@@ -99,7 +99,7 @@ function reasons(model, choice, step) {
   if (method === "confidence") {
     return [lead, `What the model wrote next, it wrote with a mean probability of ${percent(-score)} a token: the least sure of all. Rewards were not looked at.`];
   }
-  if (method !== "ib") return [lead];
+  if (method !== "ib") return model.record.method.uses_rewards === false ? [lead, "Rewards were not looked at."] : [lead];
   const made = scoreParts(model, step, choice.round, score);
   if (!made) return [lead];
   const { parts } = made;
