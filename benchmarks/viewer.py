@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.common import FixedSteps, parser, report
-from trl_ibtpo.advantages import token_advantages
+from trl_ibtpo.advantages import GradedTree, token_advantages
 from trl_ibtpo.engines.base import Rollout
 from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive
 from trl_ibtpo.viewing.library import Library
@@ -91,7 +91,8 @@ def sample_record(seed: int, *, levels: int = 9, tokens: int = 320, step_tokens:
     drive([grower], InstantEngine(tokens, seed), Scorer(seed))
     grown = grower.grown()
     success = np.array(grown.tree.success)
-    advantages = token_advantages(grown.tree, grown.scores, (success - success.mean()) / (success.std() + 1e-4))
+    advantage_L = (success - success.mean()) / (success.std() + 1e-4)
+    advantages = token_advantages(GradedTree(grown.tree, grown.scores, advantage_L))
     rewards = {"accuracy_reward": success, "format_reward": np.round(success * 0.5 + 0.25, 2)}
     defaults = {"question": f"Question {seed}: what is {seed} + {seed % 7}?", "step": seed // 4 + 1}
     return record_tree(grown, decode, rewards=rewards, advantages=advantages, **{**defaults, **fields})

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_growth import ANY, SETTINGS, grow
 from test_scores import graft, rewarded
 
-from trl_ibtpo.advantages import token_advantages
+from trl_ibtpo.advantages import GradedTree, token_advantages
 from trl_ibtpo.growth import Choice, GrownTree, GrowthSettings
 from trl_ibtpo.scores import score_tree
 from trl_ibtpo.tree import RolloutTree
@@ -43,7 +43,7 @@ def small() -> tuple[GrownTree, np.ndarray]:
 
 def small_record(**kwargs) -> dict:
     grown, advantage_L = small()
-    found = token_advantages(grown.tree, grown.scores, advantage_L)
+    found = token_advantages(GradedTree(grown.tree, grown.scores, advantage_L))
     rewards = {"right": [1.0, 0.0, 0.0], "form": [0.5, math.nan, 0.25]}
     given = {"question": "1 + 1?", "step": 12, "rewards": rewards, "advantages": found, "end_ids": [9]}
     return record_tree(grown, decode, **given, **kwargs)
@@ -84,7 +84,7 @@ def test_round_trip(growth, seed, question, word):
     for grower in growers:
         grown = grower.grown()
         advantage_L = np.array(grown.tree.success) - 0.5
-        found = token_advantages(grown.tree, grown.scores, advantage_L)
+        found = token_advantages(GradedTree(grown.tree, grown.scores, advantage_L))
         rewards = {"right": grown.tree.rewards}
         record = record_tree(grown, lambda ids: word * len(ids), question=question, rewards=rewards, advantages=found)
         line = dump_record(record)

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..advantages import TokenAdvantages
+from ..advantages import ADVANTAGES, TokenAdvantages
 from ..branching import STRATEGIES, uses_rewards
 from ..growth import GrownTree
 from .library import METRICS
@@ -29,7 +30,7 @@ from .trackers import show_in_trackers
 
 logger = logging.get_logger(__name__)
 
-METHOD_FIELDS = ("advantage", "ib_coef", "shared_token_weight", "success_reward", "temperature", "top_p", "top_k")
+SAMPLING = ("success_reward", "temperature", "top_p", "top_k")  # fields of the config that a record keeps as well
 
 
 class TreeLog(TrainerCallback):
@@ -95,10 +96,13 @@ class TreeLog(TrainerCallback):
         self.write(records, step, batch)
 
     def _method(self) -> dict[str, Any]:
-        args, strategy = self.trainer.args, self.trainer._strategy
-        method = {name: getattr(args, name) for name in METHOD_FIELDS}
-        if strategy is not None and STRATEGIES[args.branching] not in (strategy, type(strategy)):  # a user's own
+        args, strategy, advantage = self.trainer.args, self.trainer._strategy, self.trainer._advantage
+        method = {**asdict(args.credit_settings), **{name: getattr(args, name) for name in SAMPLING}}
+        # Functions of a user's own have a name instead of the config's.
+        if strategy is not None and STRATEGIES[args.branching] not in (strategy, type(strategy)):
             method["branching"] = getattr(strategy, "__name__", type(strategy).__name__)
+        if advantage is not ADVANTAGES[args.advantage]:
+            method["advantage"] = getattr(advantage, "__name__", type(advantage).__name__)
         return {**method, "uses_rewards": uses_rewards(strategy)}
 
     def write(self, records: Sequence[Record], step: int, batch: int = 0) -> None:

@@ -210,6 +210,7 @@ def _leaves(
     tree, budget = grown.tree, grown.settings.max_completion_length
     by_function = {name: rounded(values) for name, values in (rewards or {}).items()}
     success, leaves = rounded(tree.success), []
+    given = None if advantages is None else rounded([values_T.mean() for values_T in advantages.values])
     for leaf, node in enumerate(tree.leaves):
         last = tree.steps[node]
         cut = last.end >= budget and not (last.token_ids and last.token_ids[-1] in end_ids)
@@ -220,7 +221,7 @@ def _leaves(
                 "round": tree.rounds[leaf],
                 "rewards": {name: values[leaf] for name, values in by_function.items()},
                 "success": success[leaf],
-                "advantage": None if advantages is None else rounded([advantages.values[leaf].mean()])[0],
+                "advantage": None if given is None else given[leaf],
                 "finish_reason": "length" if cut else "stop",
             }
         )
