@@ -37,6 +37,9 @@ class RewardFunctionError(RuntimeError):
     """A reward function raised or returned something that is not one number (or None) per completion."""
 
 
+LARGEST = float(np.finfo(np.float32).max)  # TRL computes with rewards of this precision
+
+
 def out_of_range(rewards: np.ndarray) -> np.ndarray:
     """Which of them are outside [0, 1] by more than rounding; NaN is not."""
     return np.abs(rewards - 0.5) > 0.5 + ROUNDING
@@ -50,7 +53,8 @@ def describe_scaling(name: str, rewards: np.ndarray) -> str | None:
     low, high = np.nanmin(rewards), np.nanmax(rewards)
     if low == high:
         low, high = min(low, 0), max(high, 1)
-    shown, low, high = (float(f"{value:.4g}") for value in (outside[0], low, high))
+    digits = next(digits for digits in range(4, 18) if f"{low:.{digits}g}" != f"{high:.{digits}g}")
+    shown, low, high = float(f"{outside[0]:.4g}"), float(f"{low:.{digits}g}"), float(f"{high:.{digits}g}")
     return (
         f"The reward function '{name}' returned {shown}, outside [0, 1]. Trees with such a value scale their rewards "
         "from their own lowest to their own highest, to know which steps to branch and to favour: success then says "
@@ -232,8 +236,8 @@ class RewardScorer:
         try:
             if isinstance(values, (str, dict)):  # iterable, but not over rewards
                 raise TypeError
-            numbers = [math.nan if value is None else float(value) for value in values]
-        except (TypeError, ValueError, RuntimeError) as error:
+            numbers = [_number(value) for value in values]
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise RewardFunctionError(
                 f"The reward function '{name}' returned {values!r}; it must return a list with one number or None "
                 "per completion."
@@ -244,7 +248,7 @@ class RewardScorer:
                 "one per completion."
             )
         for value in numbers:
-            if math.isinf(value):
+            if abs(value) > LARGEST:
                 raise RewardFunctionError(
                     f"The reward function '{name}' returned {value}; a reward must be a finite number, or None where "
                     "there is none."
@@ -276,6 +280,12 @@ class RewardScorer:
             raise ValueError(f"log_extra('{column}') got {len(values)} values for {len(rows)} completions.")
         for row, value in zip(rows, values, strict=True):
             cells[row] = value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str):  # `float` would read it
+        raise TypeError
+    return math.nan if value is None else float(value)
 
 
 async def _await(func: Callable, arguments: dict[str, Any], timeout: float | None) -> Sequence[float | None]:
