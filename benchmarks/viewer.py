@@ -6,8 +6,8 @@
 
 Each row is one page. `open_seconds` is from asking the browser for the file to the first tree drawn; `tree_ms` from a
 key press to the next tree drawn, the median and the slowest of many. The page is the same for every repeat. The last
-table says what recording costs: the processor time of writing the trees of a step of the quickstart, as a share of that
-of the step.
+table says what recording costs: the processor time of writing the trees of a step of the quickstart, as a share of
+that of the step.
 """
 
 import random
