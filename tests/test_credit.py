@@ -265,4 +265,4 @@ def test_plain_grpo_has_the_diagnostics_of_trees(config, model_path):
     for entry in trainer.state.log_history[:2]:
         assert entry["ib/score"] < 0 and np.isfinite(entry["ib/covariance"]) and 0 < entry["ib/confidence"] < 1
         assert entry["tree/effective_rate"] == 1 and entry["tree/generated_tokens"] == entry["tree/trajectory_tokens"]
-        assert np.isnan(entry["tree/selected_minus_fresh"])  # nothing is chosen
+        assert entry["tree/selected_minus_fresh"] is None  # nothing is chosen
