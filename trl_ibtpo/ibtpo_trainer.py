@@ -29,7 +29,7 @@ from .training.hooks import check_hooks
 from .training.metrics import TreeMetrics
 from .training.model_card import complete_card, tree_to_show
 from .training.regularization import IBRegularization
-from .training.rewards import RewardScorer, describe_scaling
+from .training.rewards import RewardScorer
 from .viewing.recorder import TreeLog
 
 logger = logging.get_logger(__name__)
@@ -225,12 +225,8 @@ class IBTPOTrainer(TreeGeneration, IBRegularization, PrefixSharedForward, WholeC
             self._log_metric(name, sum(value * count for value, count in calls) / leaves)
         self._log_timeouts(scorer)
         rewards = self.accelerator.gather(torch.tensor(scorer.rewards, device=self.accelerator.device))
-        if self.model.training and not self._scaling_said:
-            success = rewards[:, self._success_index].cpu().double().numpy()
-            message = describe_scaling(self.reward_func_names[self._success_index], success)
-            self._scaling_said = message is not None
-            if message is not None and self.accelerator.is_main_process:
-                logger.warning(message)
+        if self.model.training:
+            self._say_scaling(rewards[:, self._success_index].cpu().numpy())
         return rewards
 
     def _log_timeouts(self, scorer: RewardScorer) -> None:
