@@ -19,12 +19,13 @@ class VLLMEngine:
         sampling: arguments of vLLM's `SamplingParams`, such as `temperature`; the budget comes with each request.
         request_seeds: sample each request from its own seed, so that a rollout depends on its prefix and seed alone,
             not on what else is in the batch.
+        lora_request: vLLM's `LoRARequest` of the adapter to sample with, if any.
     """
 
     clock = "tokens"
     _numbers = itertools.count()  # makes request ids unique in an engine that outlives this object
 
-    def __init__(self, llm: Any, sampling: dict[str, Any], request_seeds: bool = True):
+    def __init__(self, llm: Any, sampling: dict[str, Any], request_seeds: bool = True, lora_request: Any = None):
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -35,11 +36,11 @@ class VLLMEngine:
             **sampling,
             "n": 1,
             "logprobs": 0,  # the sampled token's
-            "flat_logprobs": True,  # lists of numbers, where vLLM otherwise makes two objects a token
             "output_kind": RequestOutputKind.FINAL_ONLY,
             "detokenize": bool(sampling.get("stop")),
         }
         self._request_seeds = request_seeds
+        self._lora_request = lora_request
         self._in_flight: dict[str, Hashable] = {}  # what vLLM was given as the id of a request, to ours
         self._internal: dict[Hashable, str] = {}  # ours to the id that vLLM makes of what it is given
         self.cached_tokens = 0  # prefix tokens that were not computed again
@@ -50,7 +51,9 @@ class VLLMEngine:
             seed = request.seed if self._request_seeds else None
             parameters = self._sampling_params(**self._sampling, max_tokens=request.max_tokens, seed=seed)
             number = f"tree-{next(self._numbers)}"
-            internal = self._llm_engine.add_request(number, {"prompt_token_ids": request.prefix_ids}, parameters)
+            internal = self._llm_engine.add_request(
+                number, {"prompt_token_ids": request.prefix_ids}, parameters, lora_request=self._lora_request
+            )
             self._in_flight[number] = request.request_id
             self._internal[request.request_id] = internal
 
@@ -64,7 +67,7 @@ class VLLMEngine:
             self.cached_tokens += output.num_cached_tokens or 0
             self.prefix_tokens += len(output.prompt_token_ids)
             completion = output.outputs[0]
-            rollouts.append(Rollout(request_id, list(completion.token_ids), completion.logprobs.logprobs))
+            rollouts.append(Rollout(request_id, *_with_logprobs(completion.token_ids, completion.logprobs)))
         return rollouts
 
     def generated(self, request_id: Hashable) -> int:
@@ -73,8 +76,9 @@ class VLLMEngine:
 
     def partial(self, request_id: Hashable, start: int, stop: int) -> tuple[list[int], list[float]]:
         state = self._state(self._internal[request_id])
-        logprobs = state.logprobs_processor.logprobs.logprobs
-        return list(state.detokenizer.output_token_ids[start:stop]), logprobs[start:stop]
+        return _with_logprobs(
+            state.detokenizer.output_token_ids[start:stop], state.logprobs_processor.logprobs[start:stop]
+        )
 
     def _state(self, internal: str) -> Any:
         """What vLLM keeps of a request in flight."""
@@ -85,6 +89,11 @@ class VLLMEngine:
             self._llm_engine.abort_request(list(self._in_flight))
             self._in_flight.clear()
             self._internal.clear()
+
+
+def _with_logprobs(token_ids: Sequence[int], entries: Sequence[dict]) -> tuple[list[int], list[float]]:
+    """Sampled tokens and their log-probabilities, out of vLLM's entries for each position."""
+    return list(token_ids), [entry[token_id].logprob for entry, token_id in zip(entries, token_ids, strict=True)]
 
 
 def _longest_request(vllm_config: Any) -> int:
