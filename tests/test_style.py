@@ -28,7 +28,16 @@ def test_pure_floors_load_neither_torch_nor_trl(module):
 
 # From the bottom up: a file imports from floors below its own, and no two files import each other.
 FLOORS = [
-    ["steps", "tree", "engines/base", "training/time_limit", "training/hooks", "prefix_sharing/trie", "viewing/lines"],
+    [
+        *("steps", "tree", "engines/base", "prefix_sharing/trie", "viewing/lines"),
+        *(
+            "training/time_limit",
+            "training/hooks",
+            "training/success",
+            "training/reward_checks",
+            "training/step_check",
+        ),
+    ],
     [
         "scores",
         "prefix_sharing/attention",
@@ -41,7 +50,10 @@ FLOORS = [
     ["viewing/drawing"],
     ["viewing/text"],
     ["engines/transformers", "engines/vllm", "engines/vllm_server", "engines/vllm_cpu", "ibtpo_config"],
-    ["training/rewards", "training/checks", "training/metrics", "training/model_card", "evaluation/samples"],
+    [
+        *("training/rewards", "training/checks", "training/metrics", "training/model_card", "evaluation/samples"),
+        *("training/completions_table", "training/progress"),
+    ],
     ["training/generation", "evaluation/questions", "evaluation/harness"],
     ["ibtpo_trainer"],
     ["cli/common"],

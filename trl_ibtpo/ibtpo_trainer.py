@@ -6,6 +6,7 @@ everything else, and copies none of TRL's methods. What it mixes in keeps to one
 """
 
 import textwrap
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,16 @@ from .prefix_sharing.trainer_mixin import PrefixSharedForward
 from .steps import StepSplitter
 from .training import checks
 from .training.checkpoints import WholeCheckpoints
+from .training.completions_table import COLUMNS, columns_of, mark_steps
 from .training.generation import TreeGeneration
 from .training.hooks import check_hooks
 from .training.metrics import TreeMetrics
 from .training.model_card import complete_card, tree_to_show
-from .training.rewards import RewardScorer, describe_scaling
+from .training.progress import show_trees
+from .training.reward_checks import resolve_reward_funcs
+from .training.rewards import RewardScorer
+from .training.step_check import describe_escapes
+from .training.success import Success, SuccessFunction, SuccessWatch, describe_scaling
 
 logger = logging.get_logger(__name__)
 
@@ -62,7 +68,13 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
     Args:
         model, reward_funcs, args, train_dataset, eval_dataset, processing_class, kwargs:
             As in [`~trl.GRPOTrainer`], with [`IBTPOConfig`] for `args`. `tools`, `environment_factory` and
-            `rollout_func` are not supported: a tree branches inside a single completion.
+            `rollout_func` are not supported: a tree branches inside a single completion. `reward_funcs` also takes
+            the names of functions in `trl.rewards`.
+        success_func:
+            Says how right a completion is, in place of `success_reward`: gets its rewards as a dict from the names of
+            the reward functions to numbers (`None` where there is none), and returns True or False, a number in
+            [0, 1], or `None` where that is unknown. For example
+            `lambda rewards: rewards["accuracy_reward"] == 1 and rewards["length_reward"] > 0.2`.
     """
 
     _tag_names = ["trl", "ibtpo"]  # noqa: RUF012 - TRL's form
@@ -87,6 +99,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        success_func: SuccessFunction | None = None,
         **kwargs: Any,
     ):
         if args is None:
@@ -97,6 +110,9 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
                 f"`args` is a {type(args).__name__}; IBTPOTrainer needs an IBTPOConfig, which takes the same fields."
             )
         check_hooks(GRPOTrainer)
+        reward_funcs = resolve_reward_funcs(reward_funcs)
+        if (message := describe_escapes(args.step_delimiters)) is not None:
+            logger.warning(message)
         checks.refuse_unsupported(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, kwargs)
         super().__init__(
             model=model,
@@ -108,14 +124,17 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             **kwargs,
         )
         checks.check_tokenizer(self._tokenizer)
+        checks.check_template(self._tokenizer, checks.first_row(train_dataset))
         if self.use_vllm and self.vllm_mode == "colocate" and runs_on_cpu():
             self.vllm_generation = CPUVLLMGeneration.adopt(self.vllm_generation)
         checks.refuse_sharded_growth(self._dist, args, self.reward_funcs)
         self._check_process_share()
         self._choose_forward()
-        self._success_index = self._find_success_reward()
-        # Whether it was said how success is made of rewards outside [0, 1], or there is nothing to say.
-        self._scaling_said = args.success_range is not None or not args.success_steers
+        self._success = Success(self.reward_func_names, args.success_reward, args.success_range, success_func)
+        self._success_watch = SuccessWatch()
+        self._said = set()
+        self._trees_in_log = 0  # trees, over all processes, that the log step being written covers
+        show_trees(self.callback_handler, lambda: self._trees_in_log)
         self._splitter = StepSplitter(self._tokenizer, args.step_delimiter)
         self._tree_inputs: list[dict[str, Any]] = []  # dataset rows of the generation batch being made
         self._grown: list[GrownTree] = []
@@ -128,6 +147,11 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         self._last_batch = (-1, 0)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        batches = len(self._metrics["train"].get("tree/effective_rate", ())) if self.model.training else 0
+        self._trees_in_log = batches * self.args.generation_batch_size // self.num_generations
+        super().log(logs, start_time)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         if not self.is_world_process_zero():
@@ -138,7 +162,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
                 self.args,
                 self.state.log_history,
                 self._shown_tree,
-                success_reward=self.reward_func_names[self._success_index],
+                success_reward=str(self._success),
                 adapter=is_peft_model(self.accelerator.unwrap_model(self.model)),
             )
         except Exception as error:  # a checkpoint is worth more than its card
@@ -180,8 +204,10 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         scorer = self._scorer
+        self._recount_clipped(completion_ids_list)
         if not self.model.training:
             if self.args.reward_timeout is None:
+                self._log_tree_columns(len(completions))
                 return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
             scorer = self._score_evaluation(inputs, completions, completion_ids_list)
         elif [repr(completion) for completion in completions] != scorer.decoded:
@@ -192,18 +218,61 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         completions[:] = scorer.completions  # reward functions may have edited them, which TRL's table shows
         for column, values in scorer.extra_columns.items():
             self._log_completion_extra(column, values)
+        self._log_tree_columns(len(completions))
         for name, calls in scorer.metrics.items():
             leaves = sum(count for _, count in calls)
             self._log_metric(name, sum(value * count for value, count in calls) / leaves)
         self._log_timeouts(scorer)
         rewards = self.accelerator.gather(torch.tensor(scorer.rewards, device=self.accelerator.device))
-        if self.model.training and not self._scaling_said:
-            success = rewards[:, self._success_index].cpu().double().numpy()
-            message = describe_scaling(self.reward_func_names[self._success_index], success)
-            self._scaling_said = message is not None
-            if message is not None and self.accelerator.is_main_process:
-                logger.warning(message)
+        if self.model.training:
+            self._look_at_rewards(rewards.cpu().double().numpy(), prompts)
         return rewards
+
+    def _look_at_rewards(self, rewards_LF: np.ndarray, prompts: list) -> None:
+        """Warn, once each, of rewards that cannot teach what they should; `(L, F)` over all processes."""
+        unrewarded = np.isnan(rewards_LF).all(axis=1)
+        if unrewarded.any():
+            self._warn_once(
+                f"All reward functions returned None (or NaN) for {unrewarded.sum()} of {len(rewards_LF)} completions "
+                "of this batch, which teach nothing. A prompt of this batch: "
+                f"{textwrap.shorten(repr(prompts[0]), 120)}. Said once.",
+                about="no reward",
+            )
+        if self.args.success_steers:
+            if self._success.scales:
+                message = describe_scaling(self._success.source, self._success.values(rewards_LF))
+                self._warn_once(message, about="scaling")
+            message = self._success_watch.add(self._success, rewards_LF, self.num_generations)
+            self._warn_once(message, about="constant success")
+
+    def _log_tree_columns(self, count: int) -> None:
+        """What the completions table says about trees; nothing in evaluation, where the same table is filled."""
+        if not self.args.log_completions:
+            return
+        columns = {}
+        if self.model.training:
+            columns = columns_of(self._grown, first_tree=self.accelerator.process_index * len(self._grown))
+        for column in COLUMNS:  # the advantages of steps come later
+            self._log_completion_extra(column, columns.get(column, [None] * count))
+
+    def _recount_clipped(self, completion_ids: list[list[int]]) -> None:
+        """TRL takes a completion without a stop token for cut; one that a stop text of the user's ended is whole."""
+        if not {"stop", "stop_token_ids"} & (self.args.generation_kwargs or {}).keys():
+            return
+        budgets = [each.settings.max_completion_length for each in self._grown for _ in range(self.num_generations)]
+        budgets = budgets or [self.max_completion_length] * len(completion_ids)
+        cut = [
+            len(ids) >= budget and ids[-1] not in self.eos_token_ids
+            for ids, budget in zip(completion_ids, budgets, strict=True)
+        ]
+        lengths = torch.tensor([len(ids) for ids in completion_ids], dtype=torch.float32)
+        both = torch.stack([lengths, torch.tensor(cut, dtype=torch.float32)]).T.to(self.accelerator.device)
+        lengths, cut = self.accelerator.gather(both).T
+        whole = lengths[cut == 0] if (cut == 0).any() else torch.zeros(1)
+        figures = {"clipped_ratio": cut.mean(), "mean_terminated_length": whole.mean()}
+        figures |= {"min_terminated_length": whole.min(), "max_terminated_length": whole.max()}
+        for name, value in figures.items():
+            self._metrics["train" if self.model.training else "eval"][f"completions/{name}"][-1] = value.item()
 
     def _log_timeouts(self, scorer: RewardScorer) -> None:
         """Completions that each function left unscored, over all processes; a collective call where a limit is set."""
@@ -243,12 +312,22 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         return torch.tensor(per_token, dtype=advantages.dtype, device=advantages.device)
 
     def _rewrite_logged_advantages(self, per_token: np.ndarray) -> None:
-        """The completions table shows one number per trajectory: the mean over its tokens."""
+        """The completions table shows the mean over the tokens of a trajectory, and the advantage of every step."""
         lengths = np.concatenate([grown.tree.ends()[grown.tree.leaves] for grown in self._grown])
         means = gather_object([float(row[:length].mean()) for row, length in zip(per_token, lengths, strict=True)])
         for _ in means:
             self._logs["advantages"].pop()
         self._logs["advantages"].extend(means)
+        if self.args.log_completions:
+            decode = partial(self._tokenizer.decode, skip_special_tokens=True)
+            places = [(grown, leaf) for grown in self._grown for leaf in range(self.num_generations)]
+            marked = gather_object(
+                [mark_steps(*place, row, decode) for place, row in zip(places, per_token, strict=True)]
+            )
+            column = self._logs["extra"]["step_advantages"]
+            for _ in marked:
+                column.pop()
+            column.extend(marked)
 
     # ----- checks and words ------------------------------------------------------------------------------------------
 
@@ -262,17 +341,6 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
                 f"of {self.num_generations * self.accelerator.num_processes}."
             )
 
-    def _find_success_reward(self) -> int:
-        name = self.args.success_reward
-        if name is None:
-            return 0
-        if name not in self.reward_func_names:
-            raise ValueError(
-                f"`success_reward` is {name!r}, which is not a reward function. Available: "
-                f"{', '.join(self.reward_func_names)}."
-            )
-        return self.reward_func_names.index(name)
-
     def _describe(self) -> str:
         args = self.args
         if args.branching == "independent":
@@ -285,11 +353,8 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             )
         trees = args.per_device_train_batch_size * args.steps_per_generation // self.num_generations
         engine = f"vLLM, {self.vllm_mode} mode" if self.use_vllm else "transformers (`use_vllm` is off)"
-        success = f"'{self.reward_func_names[self._success_index]}'"
-        if args.success_range is not None:
-            success += " between {} and {} (`success_range`)".format(*args.success_range)
         return (
             f"IB-TPO: {shape}, {trees} per process and generation; advantage '{args.advantage}' "
-            f"(ib_coef={args.ib_coef}, ib_beta={args.ib_beta}); success from {success}; engine: {engine}; forward: "
-            f"{self._forward_in_words()}."
+            f"(ib_coef={args.ib_coef}, ib_beta={args.ib_beta}); success from {self._success}; engine: {engine}; "
+            f"forward: {self._forward_in_words()}."
         )

@@ -6,11 +6,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from accelerate.utils import get_int_from_env
+from datasets import Dataset
 from packaging.version import Version
 from torch import nn
 from transformers.utils import logging
 from trl import GRPOConfig
+from trl.data_utils import is_conversational
 from trl.distributed import DistributedBackend
+
+from .reward_checks import REWARD_ARGUMENTS, check_arguments, check_messages
 
 logger = logging.get_logger(__name__)
 
@@ -40,7 +44,7 @@ NO_IMAGES = (
 
 def refuse_unsupported(
     model: Any,
-    reward_funcs: Any,
+    reward_funcs: list[Any],
     args: GRPOConfig,
     train_dataset: Any,
     eval_dataset: Any,
@@ -60,10 +64,10 @@ def refuse_unsupported(
             "budget. Leave it off, or set `use_vllm=True`."
         )
     _check_model(model, args, processing_class, kwargs)
-    _check_reward_funcs(reward_funcs)
     _check_generation_kwargs(args)
     _check_dataset(train_dataset, args)
     _check_columns(train_dataset, eval_dataset, args)
+    _check_reward_funcs(reward_funcs, train_dataset, eval_dataset, args)
     if args.use_vllm:
         _check_vllm_arguments(args)
         check_server_address(args)
@@ -108,6 +112,12 @@ def _check_generation_kwargs(args: GRPOConfig) -> None:
             f"`generation_kwargs` sets `stop_strings` to {generation_kwargs['stop_strings']!r}, for which "
             "transformers needs a tokenizer that TRL does not give it. Leave it out, or generate with vLLM: "
             "`use_vllm=True` and `generation_kwargs={'stop': ...}`."
+        )
+    if args.mask_truncated_completions and generation_kwargs.keys() & {"stop", "stop_token_ids"}:
+        raise ValueError(
+            f"`mask_truncated_completions` is True, but TRL takes every completion without the tokenizer's `eos_token` "
+            f"for truncated, so that those ended by `generation_kwargs` ({generation_kwargs}) would all be masked. "
+            "Leave `mask_truncated_completions` out, or let completions end with the `eos_token`."
         )
     if not args.branches:
         return
@@ -185,26 +195,30 @@ def _check_path(name: str, value: str) -> None:
         )
 
 
-def _check_reward_funcs(reward_funcs: Any) -> None:
-    reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-    if reward_funcs in ([], [None]):
-        raise ValueError(
-            "`reward_funcs` is empty, but trees branch and learn by rewards. Give a function that returns one number "
-            "per completion, for example `trl.rewards.accuracy_reward`, or a list of several."
-        )
+def _check_reward_funcs(reward_funcs: list[Any], train_dataset: Any, eval_dataset: Any, args: GRPOConfig) -> None:
     for reward_func in reward_funcs:
         if isinstance(reward_func, str):
             _check_path("reward_funcs", reward_func)
-        elif not callable(reward_func):
-            raise TypeError(
-                f"`reward_funcs` holds {reward_func!r}, which cannot be called. Give a function, a model, the name of "
-                "a sequence-classification model, or a list of these."
-            )
+    datasets = [("train_dataset", train_dataset)]
+    if args.eval_strategy != "no" and eval_dataset is not None:
+        several = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        datasets += [("eval_dataset", each) for each in several]
+    for name, dataset in datasets:
+        columns = getattr(dataset, "column_names", None)
+        check_arguments(reward_funcs, columns, name, dropped=args.remove_unused_columns)
+        check_messages(reward_funcs, (first_row(dataset) or {}).get("prompt"))
 
 
 def _check_dataset(dataset: Any, args: GRPOConfig) -> None:
     if dataset is None:
         raise ValueError("`train_dataset` is required; it must have a column 'prompt'.")
+    if isinstance(dataset, dict):
+        splits = list(dataset)
+        raise ValueError(
+            f"`train_dataset` is a {type(dataset).__name__} with the splits {', '.join(map(str, splits)) or 'none'}. "
+            f"Give one of them, for example `dataset[{(splits or ['train'])[0]!r}]`, or load one: "
+            f"`load_dataset(..., split={(splits or ['train'])[0]!r})`."
+        )
     columns = getattr(dataset, "column_names", None)
     if columns is not None and "prompt" not in columns:
         raise ValueError(
@@ -222,10 +236,6 @@ def _check_dataset(dataset: Any, args: GRPOConfig) -> None:
             "no batch could be filled. Give more rows, or lower `per_device_train_batch_size` or "
             "`steps_per_generation`."
         )
-
-
-# What the trainer gives to reward functions under names of its own, beside the columns of the dataset.
-REWARD_ARGUMENTS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 
 
 def _check_columns(train_dataset: Any, eval_dataset: Any, args: GRPOConfig) -> None:
@@ -267,6 +277,21 @@ def check_rows(rows: list[dict[str, Any]]) -> None:
 
 def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and {"role", "content"} <= message.keys()
+
+
+def check_template(tokenizer: Any, row: dict[str, Any] | None) -> None:
+    """Raise where a row holds chat messages that the tokenizer has no template for."""
+    if tokenizer.chat_template is None and row is not None and is_conversational({"prompt": row.get("prompt")}):
+        raise ValueError(
+            f"The column 'prompt' holds chat messages, but the tokenizer ({tokenizer.name_or_path or 'no name'}) has "
+            "no chat template. Set one, `tokenizer.chat_template = ...`, and give the tokenizer as "
+            "`processing_class`; or make the prompts text. docs/base_models.md shows both."
+        )
+
+
+def first_row(dataset: Any) -> dict[str, Any] | None:
+    """The first row of a dataset that can be looked at without consuming it."""
+    return dataset[0] if isinstance(dataset, Dataset) and len(dataset) else None
 
 
 def check_tokenizer(tokenizer: Any) -> None:

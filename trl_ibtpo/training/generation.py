@@ -21,6 +21,7 @@ from ..engines.vllm_server import VLLMServerEngine
 from ..growth import GrownTree, TreeGrower, drive
 from . import checks
 from .rewards import RewardScorer
+from .step_check import FEW, describe_missing_steps
 
 logger = logging.get_logger(__name__)
 
@@ -29,6 +30,7 @@ class TreeGeneration:
     """For a `GRPOTrainer` with an `IBTPOConfig`: grows trees with the current policy."""
 
     _last_batch = (-1, 0)  # optimizer step, and which of its generation batches
+    _said: set[str]  # what was warned of, of warnings that are given once
 
     def _next_batch(self) -> int:
         """Which generation batch of its optimizer step the coming one is; 0 where a step needs but one."""
@@ -74,7 +76,26 @@ class TreeGeneration:
             growers = self._plant(prompt_ids, engine, batch)
             drive(growers, engine, scorer, on_rollout=progress.update)
         scorer.warn_of_timeouts()
+        self._look_for_steps(growers)
         return [grower.grown() for grower in growers], scorer
+
+    def _look_for_steps(self, growers: list[TreeGrower]) -> None:
+        """Warn, once, where there is nothing to branch."""
+        if not self.args.branches or "steps" in self._said:
+            return
+        leaves = [(grower.tree, leaf) for grower in growers for leaf in range(len(grower.tree.leaves))]
+        with_steps = sum(len(tree.path(tree.leaves[leaf])) > 1 for tree, leaf in leaves)
+        if with_steps <= FEW * len(leaves):
+            texts = self._tokenizer.batch_decode(
+                [tree.trajectory(leaf)[0] for tree, leaf in leaves], skip_special_tokens=True
+            )
+            self._warn_once(describe_missing_steps(texts, with_steps, self.args.step_delimiters), about="steps")
+
+    def _warn_once(self, message: str | None, about: str) -> None:
+        """Warn on the main process, unless there is nothing to say or it was said before."""
+        if message is not None and about not in self._said and self.accelerator.is_main_process:
+            self._said.add(about)
+            logger.warning(message)
 
     def _plant(self, prompt_ids: list[list[int]], engine: RolloutEngine, batch: int) -> list[TreeGrower]:
         """One grower for each run of G equal prompts, whose seeds number the prompts of an optimizer step."""
@@ -90,6 +111,13 @@ class TreeGeneration:
             budget = settings.max_completion_length
             if engine.max_length is not None:
                 budget = check_room(len(rows[0]), budget, engine.max_length)
+            if budget < settings.max_completion_length:
+                self._warn_once(
+                    f"A prompt of {len(rows[0])} tokens leaves {budget} of the {settings.max_completion_length} "
+                    f"tokens of `max_completion_length`, since vLLM's context holds {engine.max_length}. Raise "
+                    "`vllm_max_model_length` to use all of them. Said once.",
+                    about="room",
+                )
             checks.check_prompt(rows[0], self.model)
             share = batch * self.accelerator.num_processes + self.accelerator.process_index
             prompt_index = share * len(prompt_ids) // group + len(growers)
@@ -195,8 +223,7 @@ class TreeGeneration:
             reward_funcs=self.reward_funcs,
             reward_names=self.reward_func_names,
             reward_processing_classes=self.reward_processing_classes,
-            success_index=self._success_index,
-            success_range=self.args.success_range,
+            success=self._success,
             decode=decode,
             shared_arguments={"trainer_state": self.state},
             event_loop=getattr(self, "async_loop", None),
@@ -235,8 +262,8 @@ def sampling_arguments(generation: VLLMGeneration) -> dict[str, Any]:
 def check_room(prompt_length: int, max_completion_length: int, max_length: int) -> int:
     """Completion tokens that fit behind a question.
 
-    vLLM shortens a completion that does not fit without a word; here it is said once. A question that leaves no room
-    at all is an error.
+    vLLM shortens a completion that does not fit without a word; the trainer says so, once. A question that leaves no
+    room at all is an error.
     """
     room = max_length - prompt_length
     if room < 1:
@@ -244,11 +271,5 @@ def check_room(prompt_length: int, max_completion_length: int, max_length: int) 
             f"A prompt has {prompt_length} tokens, but vLLM's context holds {max_length} for prompt and completion "
             f"together. Set `vllm_max_model_length` to at least {prompt_length + max_completion_length} (prompt plus "
             "`max_completion_length`), or drop long prompts from the dataset."
-        )
-    if room < max_completion_length:
-        logger.warning_once(
-            f"A prompt of {prompt_length} tokens leaves {room} of the {max_completion_length} tokens of "
-            f"`max_completion_length`, since vLLM's context holds {max_length}. Raise `vllm_max_model_length` to use "
-            "all of them. Said once."
         )
     return min(room, max_completion_length)
