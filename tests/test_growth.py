@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from trl_ibtpo.advantages import ibtpo, per_token
 from trl_ibtpo.engines.base import Rollout
-from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive
+from trl_ibtpo.growth import CANDIDATES_KEPT, GrowthSettings, TreeGrower, drive
+from trl_ibtpo.scores import score_tree
+from trl_ibtpo.tree import RolloutTree
 
 PROMPTS = [[901], [902, 903], [904, 905, 906]]
 
@@ -659,3 +661,49 @@ def test_an_engine_that_breaks_its_promise_is_an_error(extra, found):
     with pytest.raises(RuntimeError, match=f"returned {found} tokens for a rollout that asked for 1 to 40"):
         drive(growers, engine, scorer)
     assert not engine.in_flight and scorer.cancelled and not scorer.seen
+
+
+# ----- what each round chose from ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["ib", "confidence"])
+def test_a_choice_keeps_the_scores_that_it_beat(strategy):
+    """Those of the tree as it was then: grown again from the rollouts of the rounds before."""
+    growers, _ = grow(GrowthSettings(branching=strategy, max_completion_length=40))
+    for grown in (grower.grown() for grower in growers):
+        assert [choice.round for choice in grown.choices] == list(range(1, 9))
+        for choice in grown.choices:
+            before = RolloutTree(grown.tree.prompt_ids)
+            for leaf, round in enumerate(grown.tree.rounds):
+                if round < choice.round:
+                    after = grown.tree.branch_steps[leaf]
+                    ids, logprobs = grown.tree.trajectory(leaf)
+                    inherited = grown.tree.steps[after].end
+                    own = ids[inherited:]
+                    before.open(after, round)
+                    before.extend(leaf, own, logprobs[inherited:], Splitter().ends(own))
+                    before.add_reward(leaf, grown.tree.rewards[leaf])
+            scores = score_tree(before, beta=5.0)
+            expected = scores.ib_score if strategy == "ib" else -scores.mean_confidence
+            np.testing.assert_allclose(choice.priorities, expected[choice.candidates])
+            assert choice.steps == choice.candidates[:1] and choice.deferred == []
+            assert choice.eligible == max(1, int((scores.children[1:] > 0).sum()))
+            assert choice.steps == [grown.tree.branch_steps[grown.tree.rounds.index(choice.round)]]
+
+
+def test_a_choice_is_bounded_however_many_steps_there_are():
+    def sample_long(prefix_ids, max_tokens, seed):
+        length = max_tokens - random.Random(seed).randint(0, 5)
+        return [4] * length, [-0.1 * (position % 7) for position in range(length)]
+
+    engine = Engine(sample=sample_long)
+    grower = TreeGrower([1], GrowthSettings(branch_lookahead=3, max_completion_length=600), Splitter())
+    drive([grower], engine, Scorer(engine))
+    for choice in grower.grown().choices:
+        assert len(choice.candidates) <= CANDIDATES_KEPT + 1 < 100 < choice.eligible
+        assert set(choice.steps) <= set(choice.candidates) and set(choice.deferred) <= set(choice.candidates)
+
+
+def test_independent_rollouts_chose_nothing():
+    growers, _ = grow(GrowthSettings(branching="independent"))
+    assert all(grower.grown().choices == [] for grower in growers)

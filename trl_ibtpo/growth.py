@@ -23,7 +23,7 @@ import numpy as np
 from .branching import STRATEGIES, select_steps
 from .engines.base import Clock, Rollout, RolloutEngine, RolloutRequest
 from .scores import StepConfidence, TreeScores, score_tree
-from .steps import StepSplitter
+from .steps import StepSplitter, turn_ends
 from .tree import RolloutTree
 
 
@@ -54,6 +54,21 @@ class GrowthSettings:
         return self.tree_nodes_per_level * self.tree_branches_per_node
 
 
+CANDIDATES_KEPT = 32  # of the steps that a round chose from: bounded, however long completions are
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one round chose, and the best of the steps that it chose from."""
+
+    round: int  # from 1
+    steps: list[int]  # chosen
+    candidates: list[int]  # eligible steps of highest priority, best first; those chosen are always among them
+    priorities: list[float]  # of the candidates, as the strategy gave them: IB-Scores with `ib`
+    deferred: list[int]  # candidates that could only be chosen last: a branch of theirs was under way
+    eligible: int  # how many steps could be chosen
+
+
 @dataclass(frozen=True)
 class GrownTree:
     """A tree that is done, and what decided its growth."""
@@ -61,6 +76,7 @@ class GrownTree:
     tree: RolloutTree
     scores: TreeScores
     settings: GrowthSettings
+    choices: Sequence[Choice] = ()  # one a round
 
 
 @dataclass(slots=True)
@@ -119,6 +135,7 @@ class TreeGrower:
         self._branches: list[_Branch] = []  # every rollout submitted so far
         self._pending: list[_Branch] = []  # those that have not ended on the tree's clock
         self._branched: set[int] = set()
+        self._choices: list[Choice] = []
 
     @property
     def done(self) -> bool:
@@ -137,8 +154,8 @@ class TreeGrower:
         return score_tree(self.tree, beta=self.settings.ib_beta, confidence_kind=self.settings.step_confidence)
 
     def grown(self) -> GrownTree:
-        """The tree with its scores."""
-        return GrownTree(self.tree, self.scores(), self.settings)
+        """The tree with its scores and with what its rounds chose."""
+        return GrownTree(self.tree, self.scores(), self.settings, self._choices)
 
     def completion(self, leaf: int) -> list[int]:
         """Completion token ids of a finished rollout, its prefix included."""
@@ -147,6 +164,9 @@ class TreeGrower:
 
     def add_rollout(self, leaf: int, rollout: Rollout) -> None:
         branch = self._branches[leaf]
+        if rollout.restarted:
+            branch.after, branch.prefix = 0, []
+            self.tree.restart(leaf)
         allowed = self.settings.max_completion_length - len(branch.prefix)
         if not 0 < len(rollout.token_ids) <= allowed:
             raise RuntimeError(
@@ -202,14 +222,27 @@ class TreeGrower:
         # rewarded. While that branch is under way, look elsewhere first.
         under_way = np.zeros(len(scores.parents), dtype=bool)
         under_way[[branch.after for branch in self._pending]] = True
-        steps = select_steps(
-            strategy(scores, self._rng),
-            self._eligible(scores),
-            self.settings.tree_nodes_per_level,
-            deferred=under_way & (scores.rewarded_children < 2),
-        )
+        priority, eligible = strategy(scores, self._rng), self._eligible(scores)
+        deferred = under_way & (scores.rewarded_children < 2)
+        steps = select_steps(priority, eligible, self.settings.tree_nodes_per_level, deferred)
         self._branched.update(steps)
+        self._choices.append(self._describe_choice(steps, priority, eligible, deferred))
         return steps
+
+    def _describe_choice(
+        self, steps: list[int], priority: np.ndarray, eligible: np.ndarray, deferred: np.ndarray
+    ) -> Choice:
+        candidates = np.flatnonzero(eligible)
+        best = candidates[np.argsort(-priority[candidates], kind="stable")][:CANDIDATES_KEPT].tolist()
+        best += [step for step in dict.fromkeys(steps) if step not in best]
+        return Choice(
+            round=len(self._choices) + 1,
+            steps=steps,
+            candidates=best,
+            priorities=priority[best].tolist(),
+            deferred=[step for step in best if deferred[step]],
+            eligible=len(candidates),
+        )
 
     def _eligible(self, scores: TreeScores) -> np.ndarray:
         """Steps that may be branched, boolean `(N,)`; the root where nothing else may be."""
@@ -254,8 +287,8 @@ class TreeGrower:
             return False
         self._now = self._end(branch, engine)
         rollout, grafted = branch.rollout, branch.grafted
-        token_ids = rollout.token_ids[grafted:]
-        self.tree.extend(branch.leaf, token_ids, rollout.logprobs[grafted:], self._splitter.ends(token_ids))
+        token_ids, logprobs = rollout.token_ids[grafted:], rollout.logprobs[grafted:]
+        self.tree.extend(branch.leaf, token_ids, logprobs, turn_ends(self._splitter.ends, token_ids, logprobs))
         self.tree.add_reward(branch.leaf, branch.reward)
         self._pending.remove(branch)
         branch.rollout = None  # the tree owns it now
@@ -272,7 +305,8 @@ class TreeGrower:
             return
         else:
             token_ids, logprobs = engine.partial((self.name, branch.leaf), start, stop)
-        ends = self._splitter.ends(token_ids)[:-1]  # the last is not complete, as far as one knows
+        # The last is not complete, as far as one knows.
+        ends = turn_ends(self._splitter.ends, token_ids, logprobs)[:-1]
         if ends:
             self.tree.extend(branch.leaf, token_ids[: ends[-1]], logprobs[: ends[-1]], ends)
             branch.grafted += ends[-1]

@@ -9,10 +9,13 @@ by the steps of its continuation are the steps of the whole:
 2. the search starts afresh after every step;
 3. a step must say something: white space and delimiters at its head do not end it.
 
+Where a completion has several turns, the end of a turn ends a step too, and what follows it that nobody sampled (the
+observation, such as the result of a tool) belongs to that step: `turn_ends`.
+
 Pure Python: the tokenizer is only asked for the text of single tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 def step_ends(token_texts: Sequence[bytes], delimiter: bytes) -> list[int]:
@@ -47,6 +50,36 @@ def _skip_blank_head(text: bytes, delimiter: bytes) -> bytes:
         if stripped == text:
             return text
         text = stripped
+
+
+def turn_ends(
+    ends: Callable[[Sequence[int]], list[int]], token_ids: Sequence[int], logprobs: Sequence[float | None]
+) -> list[int]:
+    """End positions of the steps of a completion that may have several turns.
+
+    Args:
+        ends: cuts the text of one turn, such as `StepSplitter.ends`.
+        token_ids: `(T,)`; the first was sampled.
+        logprobs: `(T,)`; None for the tokens of observations.
+
+    Returns:
+        Increasing exclusive ends; the last is `T`. None of them is inside an observation or at its head.
+    """
+    found, start = [], 0
+    while start < len(token_ids):
+        stop = _find(logprobs, start, observed=True)
+        after = _find(logprobs, stop, observed=False)
+        turn = ends(token_ids[start:stop])
+        found += [start + end for end in turn[:-1]] + [after]
+        start = after
+    return found
+
+
+def _find(logprobs: Sequence[float | None], start: int, observed: bool) -> int:
+    """The first position from `start` that is observed or sampled; the length where there is none."""
+    if observed and None not in logprobs:
+        return len(logprobs)
+    return next((at for at in range(start, len(logprobs)) if (logprobs[at] is None) == observed), len(logprobs))
 
 
 class StepSplitter:

@@ -1,9 +1,10 @@
 """The tree of one question: steps with parent indices, one leaf per rollout, and what is known of the leaves.
 
 Step 0 is the root, the question itself; it owns no completion tokens. Every other step owns the token ids it was
-sampled as and their sampling log-probabilities. A rollout opened after a step has exactly one leaf, the last of the
-steps it is extended by. Parents always come before their children, so one backward sweep over the list visits children
-first.
+sampled as and their sampling log-probabilities. A step that ends a turn also owns the observation that its action
+caused (the result of a tool), as its last tokens: nobody sampled these, and they have no log-probability. A rollout
+opened after a step has exactly one leaf, the last of the steps it is extended by. Parents always come before their
+children, so one backward sweep over the list visits children first.
 
 Names of shapes here and in the modules above: `_N` steps (the root included), `_L` leaves in the order of their
 rollouts, `_T` tokens of a trajectory.
@@ -25,9 +26,10 @@ class Step:
 
     parent: int  # index of the parent step, -1 for the root
     token_ids: list[int]
-    logprobs: list[float]  # log pi_old of each token when it was sampled
+    logprobs: list[float]  # log pi_old of each token when it was sampled; NaN for an observation
     end: int  # completion tokens from the question to the end of this step
     children: list[int]
+    observed: int = 0  # how many of its last tokens are an observation
 
 
 class _Piece(NamedTuple):
@@ -60,6 +62,7 @@ class RolloutTree:
         # Of each step; the root's come first.
         self._parents, self._ends, self._piece_of = array("q", [-1]), array("q", [0]), array("q", [-1])
         self._child_counts = array("q", [0])
+        self._observed = array("q", [0])
         self._logprob_sums, self._logprob_counts = array("d", [0.0]), array("d", [0.0])
         self._success_sums, self._success_counts = array("d", [0.0]), array("d", [0.0])
         self._steps: list[Step] | None = None
@@ -80,7 +83,7 @@ class RolloutTree:
                 parent, end, piece = self._parents[step], self._ends[step], self._pieces[self._piece_of[step]]
                 own = slice(self._ends[parent] - self._ends[piece.after], end - self._ends[piece.after])
                 ids, logprobs = list(piece.token_ids[own]), list(piece.logprobs[own])
-                self._steps.append(Step(parent, ids, logprobs, end, children[step]))
+                self._steps.append(Step(parent, ids, logprobs, end, children[step], self._observed[step]))
         return self._steps
 
     def open(self, after: int, round: int = 0) -> int:
@@ -92,13 +95,20 @@ class RolloutTree:
         self.success.append(nan)
         return len(self.leaves) - 1
 
-    def extend(self, leaf: int, token_ids: Sequence[int], logprobs: Sequence[float], step_ends: Sequence[int]) -> None:
+    def restart(self, leaf: int) -> None:
+        """Hang a rollout that still has no tokens at the question instead of the step that it was opened after."""
+        self.leaves[leaf] = self.branch_steps[leaf] = 0
+
+    def extend(
+        self, leaf: int, token_ids: Sequence[int], logprobs: Sequence[float | None], step_ends: Sequence[int]
+    ) -> None:
         """Hang further steps at the end of a rollout whose reward is not known yet.
 
         Args:
             leaf: which rollout.
             token_ids: sampled continuation, at least one token.
-            logprobs: sampling log-probability of each token, same length; NaN where the engine could not give it.
+            logprobs: sampling log-probability of each token, same length; NaN where the engine could not give it,
+                None for the tokens of an observation, which come last in their step.
             step_ends: exclusive ends of its steps; the last is `len(token_ids)`.
         """
         if not token_ids or len(logprobs) != len(token_ids) or not step_ends or step_ends[-1] != len(token_ids):
@@ -106,6 +116,7 @@ class RolloutTree:
                 f"A rollout needs at least one token, one log-probability a token and steps that cover it; got "
                 f"{len(token_ids)} tokens, {len(logprobs)} log-probabilities and step ends {list(step_ends)}."
             )
+        observed, logprobs = _observations(logprobs, step_ends)
         after, first, count = self.leaves[leaf], len(self), len(step_ends)
         before = self._ends[after]
         self._parents.extend([after, *range(first, first + count - 1)])
@@ -114,6 +125,7 @@ class RolloutTree:
         self._pieces.append(_Piece(after, tuple(token_ids), tuple(logprobs)))
         self._child_counts[after] += 1
         self._child_counts.extend([1] * (count - 1) + [0])
+        self._observed.extend(observed)
         for start, end in pairwise([0, *step_ends]):
             total, known = sum(logprobs[start:end]), end - start
             if isnan(total):
@@ -191,6 +203,17 @@ class RolloutTree:
         """Completion tokens from the question to the end of every step, `(N,)`."""
         return np.array(self._ends)
 
+    def observed(self) -> np.ndarray:
+        """How many of the last tokens of every step are an observation, `(N,)`."""
+        return np.array(self._observed)
+
+    def sampled(self, leaf: int) -> np.ndarray:
+        """Which tokens of trajectory `leaf` were sampled, boolean `(T,)`; the others are observations."""
+        sampled = np.ones(self._ends[self.leaves[leaf]], dtype=bool)
+        for step in self.path(self.leaves[leaf]):
+            sampled[self._ends[step] - self._observed[step] : self._ends[step]] = False
+        return sampled
+
     def child_counts(self) -> np.ndarray:
         """Number of children of every step, `(N,)`."""
         return np.array(self._child_counts)
@@ -233,10 +256,24 @@ class RolloutTree:
 
     @property
     def generated_tokens(self) -> int:
-        """Newly sampled tokens, every shared prefix counted once."""
-        return sum(len(piece.token_ids) for piece in self._pieces)
+        """Newly sampled tokens, every shared prefix counted once and observations not at all."""
+        return sum(len(piece.token_ids) for piece in self._pieces) - sum(self._observed)
 
     @property
     def trajectory_tokens(self) -> int:
-        """Tokens of all trajectories, a shared prefix counted once per trajectory."""
+        """Tokens of all trajectories, observations included, a shared prefix counted once per trajectory."""
         return sum(self._ends[leaf] for leaf in self.leaves)
+
+
+def _observations(logprobs: Sequence[float | None], step_ends: Sequence[int]) -> tuple[list[int], Sequence[float]]:
+    """How many of the last tokens of each step nobody sampled, and the log-probabilities with NaN for those."""
+    if None not in logprobs:
+        return [0] * len(step_ends), logprobs
+    observed = []
+    for start, end in pairwise([0, *step_ends]):
+        values = logprobs[start:end]
+        count = values.count(None)
+        if None in values[: len(values) - count] or count == len(values):
+            raise ValueError(f"An observation must be the last tokens of a step; got the log-probabilities {values}.")
+        observed.append(count)
+    return observed, [nan if logprob is None else logprob for logprob in logprobs]

@@ -27,7 +27,10 @@ class Rollout:
 
     request_id: Hashable
     token_ids: list[int]  # the stop token included
-    logprobs: list[float]  # under the distribution that was sampled from (after temperature, top-k, top-p)
+    # Under the distribution that was sampled from (after temperature, top-k, top-p); NaN where the engine cannot say,
+    # None for a token that nobody sampled: an observation between two turns.
+    logprobs: list[float | None]
+    restarted: bool = False  # it continues the question, because its prefix could not be brought about again
 
 
 class RolloutEngine(Protocol):
@@ -43,8 +46,8 @@ class RolloutEngine(Protocol):
     def generated(self, request_id: Hashable) -> int:
         """Tokens that a request has been given so far, or fewer; 0 for a request that is not in flight."""
 
-    def partial(self, request_id: Hashable, start: int, stop: int) -> tuple[list[int], list[float]]:
-        """Sampled tokens `start` to `stop` of a request in flight, with their log-probabilities.
+    def partial(self, request_id: Hashable, start: int, stop: int) -> tuple[list[int], list[float | None]]:
+        """Tokens `start` to `stop` of a request in flight, with their log-probabilities as in `Rollout`.
 
         `stop` is at most what `generated` said, which an engine that cannot look inside its requests keeps at 0.
         """
