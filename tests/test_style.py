@@ -54,7 +54,7 @@ FLOORS = [
         *("training/rewards", "training/checks", "training/metrics", "training/model_card", "evaluation/samples"),
         *("training/completions_table", "training/progress"),
     ],
-    ["training/generation", "evaluation/questions", "evaluation/harness"],
+    ["training/reports", "training/generation", "evaluation/questions", "evaluation/harness"],
     ["ibtpo_trainer"],
     ["cli/common"],
     ["cli/train", "cli/evaluate", "cli/tree", "cli/doctor"],

@@ -371,7 +371,7 @@ ROWS = {
     "reward needs another column": (
         {"reward_funcs": [needs_solution]},
         ValueError,
-        r"'needs_solution' needs `solution`, but `train_dataset` has no such column \(it has: prompt, letter\). Rename",
+        r"'needs_solution' needs `solution`, but `train_dataset` has no such column \(it has: prompt, letter\)",
     ),
     "reward too short": (
         {"reward_funcs": [short]},

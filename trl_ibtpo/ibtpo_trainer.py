@@ -2,16 +2,15 @@
 
 A thin adapter. It hooks into TRL where completions are generated, scored and given advantages, calls `super()` for
 everything else, and copies none of TRL's methods. What it mixes in keeps to one idea each: where trees come from
-(`generation`), the forward pass (`shared_forward`), checkpoints.
+(`generation`), what is said of them (`reports`), the forward pass (`trainer_mixin`), checkpoints.
 """
 
 import textwrap
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl import GRPOTrainer
@@ -24,21 +23,20 @@ from .prefix_sharing.trainer_mixin import PrefixSharedForward
 from .steps import StepSplitter
 from .training import checks
 from .training.checkpoints import WholeCheckpoints
-from .training.completions_table import COLUMNS, columns_of, mark_steps
 from .training.generation import TreeGeneration
 from .training.hooks import check_hooks
 from .training.metrics import TreeMetrics
 from .training.model_card import complete_card, tree_to_show
-from .training.progress import show_trees
+from .training.reports import TreeReports
 from .training.reward_checks import resolve_reward_funcs
 from .training.rewards import RewardScorer
 from .training.step_check import describe_escapes
-from .training.success import Success, SuccessFunction, SuccessWatch, describe_scaling
+from .training.success import Success, SuccessFunction
 
 logger = logging.get_logger(__name__)
 
 
-class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTrainer):
+class IBTPOTrainer(TreeGeneration, TreeReports, PrefixSharedForward, WholeCheckpoints, GRPOTrainer):
     """
     Trainer for Information Bottleneck Tree-based Policy Optimization (IB-TPO), from the paper [Long Live The Balance:
     Information Bottleneck Driven Tree-based Policy
@@ -99,6 +97,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        *,
         success_func: SuccessFunction | None = None,
         **kwargs: Any,
     ):
@@ -131,10 +130,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         self._check_process_share()
         self._choose_forward()
         self._success = Success(self.reward_func_names, args.success_reward, args.success_range, success_func)
-        self._success_watch = SuccessWatch()
-        self._said = set()
-        self._trees_in_log = 0  # trees, over all processes, that the log step being written covers
-        show_trees(self.callback_handler, lambda: self._trees_in_log)
+        self._start_reports()
         self._splitter = StepSplitter(self._tokenizer, args.step_delimiter)
         self._tree_inputs: list[dict[str, Any]] = []  # dataset rows of the generation batch being made
         self._grown: list[GrownTree] = []
@@ -146,11 +142,6 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         self.accelerator.print(self._describe())
         self._last_batch = (-1, 0)
         return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        batches = len(self._metrics["train"].get("tree/effective_rate", ())) if self.model.training else 0
-        self._trees_in_log = batches * self.args.generation_batch_size // self.num_generations
-        super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
@@ -228,63 +219,6 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             self._look_at_rewards(rewards.cpu().double().numpy(), prompts)
         return rewards
 
-    def _look_at_rewards(self, rewards_LF: np.ndarray, prompts: list) -> None:
-        """Warn, once each, of rewards that cannot teach what they should; `(L, F)` over all processes."""
-        unrewarded = np.isnan(rewards_LF).all(axis=1)
-        if unrewarded.any():
-            self._warn_once(
-                f"All reward functions returned None (or NaN) for {unrewarded.sum()} of {len(rewards_LF)} completions "
-                "of this batch, which teach nothing. A prompt of this batch: "
-                f"{textwrap.shorten(repr(prompts[0]), 120)}. Said once.",
-                about="no reward",
-            )
-        if self.args.success_steers:
-            if self._success.scales:
-                message = describe_scaling(self._success.source, self._success.values(rewards_LF))
-                self._warn_once(message, about="scaling")
-            message = self._success_watch.add(self._success, rewards_LF, self.num_generations)
-            self._warn_once(message, about="constant success")
-
-    def _log_tree_columns(self, count: int) -> None:
-        """What the completions table says about trees; nothing in evaluation, where the same table is filled."""
-        if not self.args.log_completions:
-            return
-        columns = {}
-        if self.model.training:
-            columns = columns_of(self._grown, first_tree=self.accelerator.process_index * len(self._grown))
-        for column in COLUMNS:  # the advantages of steps come later
-            self._log_completion_extra(column, columns.get(column, [None] * count))
-
-    def _recount_clipped(self, completion_ids: list[list[int]]) -> None:
-        """TRL takes a completion without a stop token for cut; one that a stop text of the user's ended is whole."""
-        if not {"stop", "stop_token_ids"} & (self.args.generation_kwargs or {}).keys():
-            return
-        budgets = [each.settings.max_completion_length for each in self._grown for _ in range(self.num_generations)]
-        budgets = budgets or [self.max_completion_length] * len(completion_ids)
-        cut = [
-            len(ids) >= budget and ids[-1] not in self.eos_token_ids
-            for ids, budget in zip(completion_ids, budgets, strict=True)
-        ]
-        lengths = torch.tensor([len(ids) for ids in completion_ids], dtype=torch.float32)
-        both = torch.stack([lengths, torch.tensor(cut, dtype=torch.float32)]).T.to(self.accelerator.device)
-        lengths, cut = self.accelerator.gather(both).T
-        whole = lengths[cut == 0] if (cut == 0).any() else torch.zeros(1)
-        figures = {"clipped_ratio": cut.mean(), "mean_terminated_length": whole.mean()}
-        figures |= {"min_terminated_length": whole.min(), "max_terminated_length": whole.max()}
-        for name, value in figures.items():
-            self._metrics["train" if self.model.training else "eval"][f"completions/{name}"][-1] = value.item()
-
-    def _log_timeouts(self, scorer: RewardScorer) -> None:
-        """Completions that each function left unscored, over all processes; a collective call where a limit is set."""
-        if self.args.reward_timeout is None:
-            return
-        local = torch.tensor(scorer.timed_out.sum(axis=0), dtype=torch.float32, device=self.accelerator.device)
-        mode = "train" if self.model.training else "eval"
-        counts = self.accelerator.reduce(local, reduction="sum").tolist()
-        for name, func, count in zip(self.reward_func_names, self.reward_funcs, counts, strict=True):
-            if not isinstance(func, torch.nn.Module):
-                self._metrics[mode][f"rewards/{name}/timeouts"].append(count)
-
     # ----- advantages ------------------------------------------------------------------------------------------------
 
     def _step_advantages(self, advantages: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:
@@ -310,24 +244,6 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             self._metrics["train"][name].append(value)
         self._rewrite_logged_advantages(per_token)
         return torch.tensor(per_token, dtype=advantages.dtype, device=advantages.device)
-
-    def _rewrite_logged_advantages(self, per_token: np.ndarray) -> None:
-        """The completions table shows the mean over the tokens of a trajectory, and the advantage of every step."""
-        lengths = np.concatenate([grown.tree.ends()[grown.tree.leaves] for grown in self._grown])
-        means = gather_object([float(row[:length].mean()) for row, length in zip(per_token, lengths, strict=True)])
-        for _ in means:
-            self._logs["advantages"].pop()
-        self._logs["advantages"].extend(means)
-        if self.args.log_completions:
-            decode = partial(self._tokenizer.decode, skip_special_tokens=True)
-            places = [(grown, leaf) for grown in self._grown for leaf in range(self.num_generations)]
-            marked = gather_object(
-                [mark_steps(*place, row, decode) for place, row in zip(places, per_token, strict=True)]
-            )
-            column = self._logs["extra"]["step_advantages"]
-            for _ in marked:
-                column.pop()
-            column.extend(marked)
 
     # ----- checks and words ------------------------------------------------------------------------------------------
 

@@ -89,7 +89,9 @@ def _check_vllm_arguments(args: GRPOConfig) -> None:
         )
 
 
-# Options of `generation_kwargs` that a tree sets itself,
+# Options of `generation_kwargs` that end a completion otherwise than the model does,
+OWN_STOPS = {"stop", "stop_token_ids", "eos_token_id"}
+# those that a tree sets itself,
 SET_BY_TREE = ("n", "logprobs", "seed", "max_tokens", "max_new_tokens", "max_length")
 # and those that count from where a request starts, which is in the middle of a completion where it is a branch.
 COUNTED_FROM_START = (
@@ -113,11 +115,11 @@ def _check_generation_kwargs(args: GRPOConfig) -> None:
             "transformers needs a tokenizer that TRL does not give it. Leave it out, or generate with vLLM: "
             "`use_vllm=True` and `generation_kwargs={'stop': ...}`."
         )
-    if args.mask_truncated_completions and generation_kwargs.keys() & {"stop", "stop_token_ids"}:
+    if args.mask_truncated_completions and generation_kwargs.keys() & OWN_STOPS:
         raise ValueError(
-            f"`mask_truncated_completions` is True, but TRL takes every completion without the tokenizer's `eos_token` "
-            f"for truncated, so that those ended by `generation_kwargs` ({generation_kwargs}) would all be masked. "
-            "Leave `mask_truncated_completions` out, or let completions end with the `eos_token`."
+            "`mask_truncated_completions` is True, but TRL takes every completion without the tokenizer's `eos_token` "
+            f"for truncated, so it would mask all those that `generation_kwargs` ({generation_kwargs}) ends. Leave "
+            "`mask_truncated_completions` out, or let completions end with the `eos_token`."
         )
     if not args.branches:
         return

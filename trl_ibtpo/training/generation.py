@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers.utils import logging
 from trl.chat_template_utils import parse_response
 from trl.data_utils import is_conversational
 from trl.extras.profiling import profiling_context
@@ -21,16 +20,12 @@ from ..engines.vllm_server import VLLMServerEngine
 from ..growth import GrownTree, TreeGrower, drive
 from . import checks
 from .rewards import RewardScorer
-from .step_check import FEW, describe_missing_steps
-
-logger = logging.get_logger(__name__)
 
 
 class TreeGeneration:
     """For a `GRPOTrainer` with an `IBTPOConfig`: grows trees with the current policy."""
 
     _last_batch = (-1, 0)  # optimizer step, and which of its generation batches
-    _said: set[str]  # what was warned of, of warnings that are given once
 
     def _next_batch(self) -> int:
         """Which generation batch of its optimizer step the coming one is; 0 where a step needs but one."""
@@ -76,26 +71,9 @@ class TreeGeneration:
             growers = self._plant(prompt_ids, engine, batch)
             drive(growers, engine, scorer, on_rollout=progress.update)
         scorer.warn_of_timeouts()
-        self._look_for_steps(growers)
-        return [grower.grown() for grower in growers], scorer
-
-    def _look_for_steps(self, growers: list[TreeGrower]) -> None:
-        """Warn, once, where there is nothing to branch."""
-        if not self.args.branches or "steps" in self._said:
-            return
-        leaves = [(grower.tree, leaf) for grower in growers for leaf in range(len(grower.tree.leaves))]
-        with_steps = sum(len(tree.path(tree.leaves[leaf])) > 1 for tree, leaf in leaves)
-        if with_steps <= FEW * len(leaves):
-            texts = self._tokenizer.batch_decode(
-                [tree.trajectory(leaf)[0] for tree, leaf in leaves], skip_special_tokens=True
-            )
-            self._warn_once(describe_missing_steps(texts, with_steps, self.args.step_delimiters), about="steps")
-
-    def _warn_once(self, message: str | None, about: str) -> None:
-        """Warn on the main process, unless there is nothing to say or it was said before."""
-        if message is not None and about not in self._said and self.accelerator.is_main_process:
-            self._said.add(about)
-            logger.warning(message)
+        grown = [grower.grown() for grower in growers]
+        self._look_for_steps(grown)
+        return grown, scorer
 
     def _plant(self, prompt_ids: list[list[int]], engine: RolloutEngine, batch: int) -> list[TreeGrower]:
         """One grower for each run of G equal prompts, whose seeds number the prompts of an optimizer step."""
