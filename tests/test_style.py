@@ -43,6 +43,7 @@ FLOORS = [
         "prefix_sharing/attention",
         "prefix_sharing/comparison",
         "evaluation/estimates",
+        "evaluation/adapters",
         "training/checkpoints",
     ],
     ["branching", "advantages", "prefix_sharing/trainer_mixin"],

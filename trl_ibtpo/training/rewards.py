@@ -34,7 +34,16 @@ logger = logging.get_logger(__name__)
 
 
 class RewardFunctionError(RuntimeError):
-    """A reward function raised or returned something that is not one number (or None) per completion."""
+    """A reward function raised or returned something that is not one number (or None) per completion.
+
+    Args:
+        message: what is wrong.
+        details: lines that end the text of the error, such as a traceback.
+    """
+
+    def __init__(self, message: str, details: str = ""):
+        super().__init__(message + details)
+        self.details = details
 
 
 @dataclass
@@ -204,8 +213,8 @@ class RewardScorer:
             raise RewardFunctionError(
                 f"The reward function '{name}' raised {type(error).__name__}: {error}\n"
                 f"while scoring {len(call.rows)} completions, the first for the prompt "
-                f"{call.arguments['prompts'][0]!r}.\n"
-                f"Original traceback:\n{''.join(traceback.format_exception(error))}"
+                f"{call.arguments['prompts'][0]!r}.{_hint(error, call.arguments['completions'][0])}\n",
+                details=f"Original traceback:\n{''.join(traceback.format_exception(error))}",
             ) from error
         try:
             if isinstance(values, (str, dict)):  # iterable, but not over rewards
@@ -254,6 +263,15 @@ class RewardScorer:
             raise ValueError(f"log_extra('{column}') got {len(values)} values for {len(rows)} completions.")
         for row, value in zip(rows, values, strict=True):
             cells[row] = value
+
+
+def _hint(error: Exception, completion: Any) -> str:
+    """For the commonest mistake of all: a function written for chat messages or for text gets the other."""
+    if not isinstance(error, (TypeError, AttributeError)):
+        return ""
+    if isinstance(completion, str):
+        return " Completions are text here, since prompts are: `completion`, not `completion[0]['content']`."
+    return " Completions are lists of messages here, since prompts are: `completion[0]['content']` is the text."
 
 
 async def _await(func: Callable, arguments: dict[str, Any], timeout: float | None) -> Sequence[float | None]:
