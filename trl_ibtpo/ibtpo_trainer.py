@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl import GRPOTrainer
 
 from .advantages import token_advantages
+from .branching import Strategy, make_strategy, uses_rewards
 from .engines.vllm_cpu import CPUVLLMGeneration, runs_on_cpu
 from .growth import GrownTree
 from .ibtpo_config import IBTPOConfig
@@ -73,6 +74,9 @@ class IBTPOTrainer(TreeGeneration, TreeReports, PrefixSharedForward, WholeCheckp
             the reward functions to numbers (`None` where there is none), and returns True or False, a number in
             [0, 1], or `None` where that is unknown. For example
             `lambda rewards: rewards["accuracy_reward"] == 1 and rewards["length_reward"] > 0.2`.
+        branching:
+            A strategy of your own in place of the one that [`IBTPOConfig`] names: a function that gives every step of
+            a tree a priority, see [`branching.Strategy`].
     """
 
     _tag_names = ["trl", "ibtpo"]  # noqa: RUF012 - TRL's form
@@ -99,6 +103,7 @@ class IBTPOTrainer(TreeGeneration, TreeReports, PrefixSharedForward, WholeCheckp
         processing_class: Any = None,
         *,
         success_func: SuccessFunction | None = None,
+        branching: Strategy | None = None,
         **kwargs: Any,
     ):
         if args is None:
@@ -108,6 +113,9 @@ class IBTPOTrainer(TreeGeneration, TreeReports, PrefixSharedForward, WholeCheckp
             raise TypeError(
                 f"`args` is a {type(args).__name__}; IBTPOTrainer needs an IBTPOConfig, which takes the same fields."
             )
+        checks.check_strategy(branching, args)
+        self._strategy = make_strategy(args.branching) if branching is None else branching
+        self._branching = args.branching if branching is None else checks.name_of(branching)
         check_hooks(GRPOTrainer)
         reward_funcs = resolve_reward_funcs(reward_funcs)
         if (message := describe_escapes(args.step_delimiters)) is not None:
@@ -130,6 +138,7 @@ class IBTPOTrainer(TreeGeneration, TreeReports, PrefixSharedForward, WholeCheckp
         self._check_process_share()
         self._choose_forward()
         self._success = Success(self.reward_func_names, args.success_reward, args.success_range, success_func)
+        self._success_steers = args.success_steers or (branching is not None and uses_rewards(branching))
         self._start_reports()
         self._splitter = StepSplitter(self._tokenizer, args.step_delimiter)
         self._tree_inputs: list[dict[str, Any]] = []  # dataset rows of the generation batch being made
@@ -154,6 +163,7 @@ class IBTPOTrainer(TreeGeneration, TreeReports, PrefixSharedForward, WholeCheckp
                 self.state.log_history,
                 self._shown_tree,
                 success_reward=str(self._success),
+                branching=self._branching,
                 adapter=is_peft_model(self.accelerator.unwrap_model(self.model)),
             )
         except Exception as error:  # a checkpoint is worth more than its card
@@ -175,6 +185,9 @@ class IBTPOTrainer(TreeGeneration, TreeReports, PrefixSharedForward, WholeCheckp
             output = super()._generate_and_score_completions(inputs)
             output["advantages"] = self._step_advantages(output["advantages"], output["completion_ids"])
             output["row"] = torch.arange(len(inputs), device=output["advantages"].device)
+            if hasattr(self._strategy, "learn"):
+                found = [self._strategy.evidence(grown.tree, grown.scores) for grown in self._grown]
+                self._strategy.learn([each for trees in gather_object(found) for each in trees])
             self._shown_tree = tree_to_show(self._grown), self.state.global_step + 1
         finally:
             self._tree_inputs, self._grown, self._scorer = [], [], None
@@ -265,7 +278,7 @@ class IBTPOTrainer(TreeGeneration, TreeReports, PrefixSharedForward, WholeCheckp
             shape = (
                 f"trees of {self.num_generations} trajectories per question (B0={args.tree_initial_rollouts}, "
                 f"L={args.tree_levels}, K={args.tree_nodes_per_level}, B={args.tree_branches_per_node}), "
-                f"branching '{args.branching}'"
+                f"branching '{self._branching}'"
             )
         trees = args.per_device_train_batch_size * args.steps_per_generation // self.num_generations
         engine = f"vLLM, {self.vllm_mode} mode" if self.use_vllm else "transformers (`use_vllm` is off)"

@@ -1,8 +1,8 @@
 """The command `trl-ibtpo`: which command to run, and what is said when it goes wrong.
 
 Exit codes: 0 fine, 1 failed, 2 wrong usage, 130 interrupted. An error is one line on stderr, with the traceback of a
-reward function below it; `trl-ibtpo --debug ...` shows the traceback of any error. Each command is a module here with a
-function `run(arguments) -> exit code`, imported when it is chosen.
+reward function below it; `trl-ibtpo --debug ...` shows the traceback of any error. Each command is a module here with
+a function `run(arguments) -> exit code`, imported when it is chosen.
 """
 
 import importlib

@@ -23,6 +23,7 @@ class TreeReports:
     """For a `GRPOTrainer` with an `IBTPOConfig`."""
 
     _success: Success
+    _success_steers: bool  # whether success decides where trees branch, or what their steps are worth
     _grown: list[GrownTree]  # of the generation batch being made; none in evaluation
 
     def _start_reports(self) -> None:
@@ -66,7 +67,7 @@ class TreeReports:
                 f"{textwrap.shorten(repr(prompts[0]), 120)}. Said once.",
                 about="no reward",
             )
-        if self.args.success_steers:
+        if self._success_steers:
             if self._success.scales:
                 message = describe_scaling(self._success.source, self._success.values(rewards_LF))
                 self._warn_once(message, about="scaling")
