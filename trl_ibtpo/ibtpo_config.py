@@ -53,6 +53,12 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         _is_positive,
         "positive (the paper uses 0.7), or all rollouts from a step would be the same",
     ),
+    (
+        "top_p",
+        lambda value: _is_number(value) and 0 < value <= 1,
+        "a share in (0, 1] of the probability to sample from (the paper uses 0.95)",
+    ),
+    ("top_k", lambda value: _is_whole(value, 0), "a whole number of tokens, or 0 for all (the paper uses 20)"),
     ("ib_beta", _is_positive, "positive (the paper uses 5)"),
     ("ib_coef", _is_number, "a number (the paper uses 0.1)"),
     (

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object, is_peft_model
 from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl import GRPOTrainer
+from trl.trainer.utils import get_callable_name
 
 from .advantages import token_advantages
 from .branching import Strategy, make_strategy, uses_rewards
@@ -120,6 +121,10 @@ class IBTPOTrainer(TreeGeneration, TreeReports, PrefixSharedForward, WholeCheckp
         reward_funcs = resolve_reward_funcs(reward_funcs)
         if (message := describe_escapes(args.step_delimiters)) is not None:
             logger.warning(message)
+        more = any(isinstance(func, (str, torch.nn.Module)) for func in reward_funcs)
+        if not more and not kwargs.get("environment_factory"):
+            # Only to complain before a model is loaded: TRL has the last word on names.
+            Success(list(map(get_callable_name, reward_funcs)), args.success_reward, args.success_range, success_func)
         checks.refuse_unsupported(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, kwargs)
         super().__init__(
             model=model,

@@ -169,7 +169,7 @@ def _run(model: Any, manager: Any, name: str, settings: SamplingSettings, index:
     rows = [row for row in rows if row["filter"] == filters[0]]
     return {
         "values": values,
-        "questions": [row["arguments"]["gen_args_0"]["arg_0"] for row in rows],
+        "questions": [row["arguments"][0][0] for row in rows],
         "completions": [row["resps"][0][0] for row in rows],
         "parsed": [row["filtered_resps"][0] for row in rows],
     }

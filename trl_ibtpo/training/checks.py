@@ -76,6 +76,11 @@ def refuse_unsupported(
 
 
 def _check_vllm_arguments(args: GRPOConfig) -> None:
+    if args.vllm_mode not in ("colocate", "server"):
+        raise ValueError(
+            f"`vllm_mode` is {args.vllm_mode!r}; it must be 'colocate' (an engine in each process) or 'server' (one "
+            "that was started with `trl vllm-serve`)."
+        )
     if args.vllm_tensor_parallel_size > 1:
         raise ValueError(
             f"`vllm_tensor_parallel_size` is {args.vllm_tensor_parallel_size}, which is not supported: the "
@@ -248,6 +253,11 @@ def _check_reward_funcs(reward_funcs: list[Any], train_dataset: Any, eval_datase
 def _check_dataset(dataset: Any, args: GRPOConfig) -> None:
     if dataset is None:
         raise ValueError("`train_dataset` is required; it must have a column 'prompt'.")
+    if isinstance(dataset, str):
+        raise TypeError(
+            f"`train_dataset` is {dataset!r}; it must be a dataset, not its name. Load it, for example "
+            "`load_dataset('json', data_files='questions.jsonl', split='train')`."
+        )
     if isinstance(dataset, dict):
         splits = list(dataset)
         raise ValueError(

@@ -70,7 +70,8 @@ class Success:
             of `rule`.
 
     Raises:
-        ValueError: the name is none of `names`, or is that of several functions.
+        ValueError: the name is none of `names`, or is that of several functions; or both `rule` and `func` are given.
+        TypeError: `func` cannot be called.
     """
 
     def __init__(
@@ -80,6 +81,16 @@ class Success:
         bounds: tuple[float, float] | None = None,
         func: SuccessFunction | None = None,
     ):
+        if func is not None and not callable(func):
+            raise TypeError(
+                f"`success_func` is {func!r}; it must be a function of the rewards of a completion, for example "
+                "`lambda rewards: rewards['shaped_reward'] > 0.5`. The name of a reward function goes into the "
+                "configuration, as `success_reward`."
+            )
+        if func is not None and rule is not None:
+            raise ValueError(
+                f"Both `success_func` and `success_reward` ({rule!r}) say what a right completion is. Leave one out."
+            )
         self.names, self._func, self._bounds = list(names), func, bounds
         name, self._comparison, self._limit = rule if isinstance(rule, tuple) else (rule, None, None)
         if name is not None and self.names.count(name) != 1:
