@@ -124,11 +124,11 @@ class IBTPOTrainer(TreeGeneration, TreeReports, PrefixSharedForward, WholeCheckp
         self._strategy = make_strategy(args.branching) if branching is None else branching
         self._branching = args.branching if branching is None else checks.name_of(branching)
         check_hooks(GRPOTrainer)
-        reward_funcs = resolve_reward_funcs(reward_funcs)
+        environments = kwargs.get("environment_factory") is not None  # which may have rewards of their own
+        reward_funcs = resolve_reward_funcs(reward_funcs, optional=environments)
         if (message := describe_escapes(args.step_delimiters)) is not None:
             logger.warning(message)
-        more = any(isinstance(func, (str, torch.nn.Module)) for func in reward_funcs)
-        if not more and not kwargs.get("environment_factory"):
+        if not environments and not any(isinstance(func, (str, torch.nn.Module)) for func in reward_funcs):
             # Only to complain before a model is loaded: TRL has the last word on names.
             Success(list(map(get_callable_name, reward_funcs)), args.success_reward, args.success_range, success_func)
         checks.refuse_unsupported(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, kwargs)

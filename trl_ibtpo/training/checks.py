@@ -69,7 +69,8 @@ def refuse_unsupported(
     _check_generation_kwargs(args)
     _check_dataset(train_dataset, args)
     _check_columns(train_dataset, eval_dataset, args)
-    _check_reward_funcs(reward_funcs, train_dataset, eval_dataset, args)
+    environments = kwargs.get("environment_factory") is not None
+    _check_reward_funcs(reward_funcs, train_dataset, eval_dataset, args, environments)
     if args.use_vllm:
         _check_vllm_arguments(args)
         check_server_address(args)
@@ -254,7 +255,9 @@ def _check_path(name: str, value: str) -> None:
         )
 
 
-def _check_reward_funcs(reward_funcs: list[Any], train_dataset: Any, eval_dataset: Any, args: GRPOConfig) -> None:
+def _check_reward_funcs(
+    reward_funcs: list[Any], train_dataset: Any, eval_dataset: Any, args: GRPOConfig, environments: bool
+) -> None:
     for reward_func in reward_funcs:
         if isinstance(reward_func, str):
             _check_path("reward_funcs", reward_func)
@@ -264,7 +267,7 @@ def _check_reward_funcs(reward_funcs: list[Any], train_dataset: Any, eval_datase
         datasets += [("eval_dataset", each) for each in several]
     for name, dataset in datasets:
         columns = getattr(dataset, "column_names", None)
-        check_arguments(reward_funcs, columns, name, dropped=args.remove_unused_columns)
+        check_arguments(reward_funcs, columns, name, args.remove_unused_columns, environments)
         check_messages(reward_funcs, (first_row(dataset) or {}).get("prompt"))
 
 

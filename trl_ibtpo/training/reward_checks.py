@@ -30,8 +30,12 @@ def named_reward(name: str) -> Callable:
     return getattr(trl.rewards, name)
 
 
-def resolve_reward_funcs(reward_funcs: Any) -> list[Any]:
+def resolve_reward_funcs(reward_funcs: Any, optional: bool = False) -> list[Any]:
     """The list of reward functions, with TRL's functions in place of their names.
+
+    Args:
+        reward_funcs: as the trainer got them.
+        optional: whether there may be none, since an environment has rewards of its own.
 
     Raises:
         ValueError: the list is empty, or a name is that of neither a function nor a model.
@@ -39,6 +43,8 @@ def resolve_reward_funcs(reward_funcs: Any) -> list[Any]:
     """
     reward_funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
     if reward_funcs in ([], [None]):
+        if optional:
+            return []
         raise ValueError(
             "`reward_funcs` is empty, but trees branch and learn by rewards. Give a function that returns one number "
             "per completion, for example `trl.rewards.accuracy_reward`, or a list of several."
@@ -65,7 +71,13 @@ def _resolve(reward_func: Any) -> Any:
     return reward_func
 
 
-def check_arguments(reward_funcs: Iterable[Any], columns: Iterable[str] | None, dataset: str, dropped: bool) -> None:
+def check_arguments(
+    reward_funcs: Iterable[Any],
+    columns: Iterable[str] | None,
+    dataset: str,
+    dropped: bool,
+    environments: bool = False,
+) -> None:
     """Raise `ValueError` where a function cannot be called with what the trainer will give it.
 
     Args:
@@ -73,7 +85,9 @@ def check_arguments(reward_funcs: Iterable[Any], columns: Iterable[str] | None, 
         columns: of the dataset, as far as reward functions get them; `None` where they are not known yet.
         dataset: the name of the argument that holds it.
         dropped: whether the trainer drops columns (`remove_unused_columns`).
+        environments: whether reward functions get environments as well.
     """
+    arguments = REWARD_ARGUMENTS | ({"environments"} if environments else set())
     for func in reward_funcs:
         if isinstance(func, str) or hasattr(func, "forward"):
             continue
@@ -84,17 +98,17 @@ def check_arguments(reward_funcs: Iterable[Any], columns: Iterable[str] | None, 
         by_name = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
         name = get_callable_name(func)
         if not any(each.kind is each.VAR_KEYWORD for each in parameters):
-            unknown = sorted(REWARD_ARGUMENTS - {each.name for each in by_name})
+            unknown = sorted(arguments - {each.name for each in by_name})
             if unknown:
                 raise ValueError(
                     f"The reward function '{name}' does not take `{unknown[0]}`, but it is called with "
-                    f"{', '.join(sorted(REWARD_ARGUMENTS))} and the columns of the dataset, by name. Let it take what "
+                    f"{', '.join(sorted(arguments))} and the columns of the dataset, by name. Let it take what "
                     f"it does not use: `def {name}(completions, **kwargs)`."
                 )
         if columns is None:
             continue
         columns = list(columns)
-        given = REWARD_ARGUMENTS | (set() if dropped else set(columns) - {"prompt"})
+        given = arguments | (set() if dropped else set(columns) - {"prompt"})
         missing = [each.name for each in by_name if each.default is each.empty and each.name not in given]
         if missing:
             raise ValueError(_missing(name, missing[0], columns, dataset, dropped))
