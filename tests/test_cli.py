@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_ibtpo import IBTPOTrainer
 from trl_ibtpo.cli.main import main
 from trl_ibtpo.cli.tree import make_parser
+from trl_ibtpo.viewing.reading import parse_record
 
 ROOT = Path(__file__).parent.parent
 
@@ -211,20 +212,21 @@ def test_tree_is_printed_drawn_and_written(growing, tmp_path, capsys):
     assert "[bold]What[/bold] is" in printed.out  # no markup
     assert "\x1b" not in printed.out
     written = json.loads((tmp_path / "tree.json").read_text())
-    assert (written["question"], written["answer"]) == (question, "7")
+    assert (written["question"]["text"], written["answer"]) == (question, "7")
     assert len(written["leaves"]) == 8
     success = [leaf["success"] for leaf in written["leaves"]]
     assert set(success) <= {0.0, 1.0}
     assert f"8 trajectories: {success.count(1.0)} right, {success.count(0.0)} wrong, 0 unscored" in printed.out
-    steps = written["steps"]
-    assert steps[0]["density"] == pytest.approx(sum(success) / 8)
-    assert steps[0]["parent"] == -1 and all(step["parent"] < index for index, step in enumerate(steps))
-    assert written["generated_tokens"] == sum(len(step["token_ids"]) for step in steps)
+    nodes = written["nodes"]
+    assert nodes[0]["density"] == pytest.approx(sum(success) / 8)
+    assert nodes[0]["parent"] == -1 and all(node["parent"] < index for index, node in enumerate(nodes))
+    assert written["generated_tokens"] == sum(node["tokens"] for node in nodes)
+    assert parse_record((tmp_path / "tree.json").read_text())["missing"] == []
     assert Image.open(tmp_path / "tree.png").size[0] > 500
     assert f"Written: {tmp_path / 'tree.png'}\nWritten: {tmp_path / 'tree.json'}" in printed.err
     # The same seed grows the same tree.
     assert main([*arguments, "--json", str(tmp_path / "again.json")]) == 0
-    assert json.loads((tmp_path / "again.json").read_text())["steps"] == steps
+    assert json.loads((tmp_path / "again.json").read_text())["nodes"] == nodes
 
 
 def test_tree_without_an_answer(growing, tmp_path, capsys):
@@ -248,7 +250,7 @@ def test_tree_of_an_adapter_is_that_of_the_merged_model(growing, model_path, tmp
     for name in (tmp_path / "adapter", tmp_path / "merged", model_path):
         growing[growing.index("--model") + 1] = str(name)
         assert main([*growing, str(tmp_path / "tree.json")]) == 0
-        trees.append(json.loads((tmp_path / "tree.json").read_text())["steps"])
+        trees.append(json.loads((tmp_path / "tree.json").read_text())["nodes"])
     texts = [[step["text"] for step in tree] for tree in trees]
     assert texts[0] == texts[1] != texts[2]
     warnings = [record.getMessage() for record in caplog.records if "no completion has steps" in record.getMessage()]

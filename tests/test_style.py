@@ -52,8 +52,12 @@ FLOORS = [
     ],
     ["branching", "advantages", "prefix_sharing/trainer_mixin"],
     ["growth"],
-    ["viewing/drawing"],
-    ["viewing/text"],
+    ["viewing/records"],
+    ["viewing/drawing", "viewing/reading"],
+    ["viewing/text", "viewing/library"],
+    ["viewing/page"],
+    ["viewing/trackers", "viewing/server"],
+    ["viewing/recorder"],
     ["engines/transformers", "engines/vllm", "engines/vllm_server", "engines/vllm_cpu", "ibtpo_config"],
     [
         *("training/rewards", "training/checks", "training/metrics", "training/model_card", "evaluation/samples"),
@@ -62,7 +66,7 @@ FLOORS = [
     ["training/reports", "training/generation", "evaluation/questions", "evaluation/harness"],
     ["ibtpo_trainer"],
     ["cli/common"],
-    ["cli/train", "cli/evaluate", "cli/tree", "cli/doctor"],
+    ["cli/train", "cli/evaluate", "cli/tree", "cli/view", "cli/doctor"],
     ["cli/main"],
     ["__main__"],
 ]
