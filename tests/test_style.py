@@ -35,7 +35,6 @@ FLOORS = [
         *(
             "training/time_limit",
             "training/hooks",
-            "training/success",
             "training/reward_checks",
             "training/step_check",
         ),
@@ -49,6 +48,7 @@ FLOORS = [
         "evaluation/estimates",
         "evaluation/adapters",
         "training/checkpoints",
+        "training/success",
     ],
     ["branching", "advantages", "prefix_sharing/trainer_mixin"],
     ["growth"],

@@ -50,7 +50,9 @@ class TreeGeneration:
         prompt_ids, images, _ = self._tokenize_prompts([row["prompt"] for row in inputs])
         if images is not None:
             raise ValueError(checks.NO_IMAGES)
-        return self._grow(inputs, prompt_ids)[0]
+        grown, scorer = self._grow(inputs, prompt_ids)
+        self._say_scaling(scorer.rewards)
+        return grown
 
     def _grow(
         self, inputs: list[dict[str, Any]], prompt_ids: list[list[int]], batch: int = 0

@@ -57,6 +57,12 @@ class TreeReports:
             )
             self._warn_once(describe_missing_steps(texts, with_steps, self.args.step_delimiters), about="steps")
 
+    def _say_scaling(self, rewards_LF: np.ndarray) -> None:
+        """Warn, once, how success is made of rewards outside [0, 1], where it matters."""
+        if self._success_steers and self._success.scales and "scaling" not in self._said:
+            message = describe_scaling(self._success.source, self._success.values(rewards_LF))
+            self._warn_once(message, about="scaling")
+
     def _look_at_rewards(self, rewards_LF: np.ndarray, prompts: list) -> None:
         """Warn, once each, of rewards that cannot teach what they should; `(L, F)` over all processes."""
         unrewarded = np.isnan(rewards_LF).all(axis=1)
@@ -67,10 +73,8 @@ class TreeReports:
                 f"{textwrap.shorten(repr(prompts[0]), 120)}. Said once.",
                 about="no reward",
             )
+        self._say_scaling(rewards_LF)
         if self._success_steers:
-            if self._success.scales:
-                message = describe_scaling(self._success.source, self._success.values(rewards_LF))
-                self._warn_once(message, about="scaling")
             message = self._success_watch.add(self._success, rewards_LF, self.num_generations)
             self._warn_once(message, about="constant success")
 

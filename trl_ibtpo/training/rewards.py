@@ -156,7 +156,7 @@ class RewardScorer:
             futures = [future for call in self._calls for future in call.pending]
             self._wait(futures)
         rows = [row for call in complete for row in call.rows]
-        values = self._success(self.rewards[rows]).tolist()
+        values = self._success.values(self.rewards[rows]).tolist()
         return [(*divmod(row, self._leaves_per_tree), value) for row, value in zip(rows, values, strict=True)]
 
     def warn_of_timeouts(self) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ..tree import ROUNDING
+
 COMPARISONS = {">=": np.greater_equal, "<=": np.less_equal, ">": np.greater, "<": np.less}
 FORMS = "'accuracy_reward', or a threshold such as ('shaped_reward', '>', 0.5)"
 
@@ -56,7 +58,7 @@ def parse_rule(value: Any) -> Rule:
 
 def out_of_range(rewards: np.ndarray) -> np.ndarray:
     """Which of them are outside [0, 1] by more than rounding; NaN is not."""
-    return np.abs(rewards - 0.5) > 0.5 + 2e-6
+    return np.abs(rewards - 0.5) > 0.5 + ROUNDING
 
 
 class Success:
@@ -125,11 +127,15 @@ class Success:
         return words
 
     def values(self, rewards_LF: np.ndarray) -> np.ndarray:
-        """What success is made of, `(L, F)` to `(L,)`: the function's own values. NaN: unknown."""
+        """What a tree makes success of, `(L, F)` to `(L,)`: the function's own values, or 0 and 1 by a threshold."""
         rewards_LF = np.asarray(rewards_LF, dtype=np.float64)
-        if self._func is None:
-            return rewards_LF[:, self._index]
-        return np.array([self._judge(rewards_F) for rewards_F in rewards_LF], dtype=np.float64)
+        if self._func is not None:
+            return np.array([self._judge(rewards_F) for rewards_F in rewards_LF], dtype=np.float64)
+        values_L = rewards_LF[:, self._index]
+        if self._comparison is None:
+            return values_L
+        right_L = COMPARISONS[self._comparison](values_L, self._limit)
+        return np.where(np.isnan(values_L), np.nan, right_L)
 
     def _judge(self, rewards_F: np.ndarray) -> float:
         given = {
@@ -152,11 +158,8 @@ class Success:
         )
 
     def __call__(self, rewards_LF: np.ndarray) -> np.ndarray:
-        """Success in [0, 1] where thresholds or bounds say so; else a tree makes success of values outside it."""
+        """Success in [0, 1] where it is known without the rest of a tree; other values as they are."""
         values_L = self.values(rewards_LF)
-        if self._comparison is not None:
-            right_L = COMPARISONS[self._comparison](values_L, self._limit)
-            return np.where(np.isnan(values_L), np.nan, right_L)
         if self._bounds is not None:
             low, high = self._bounds
             return np.clip((values_L - low) / (high - low), 0, 1)
