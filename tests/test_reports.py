@@ -73,8 +73,10 @@ def test_the_table_of_completions_shows_trees(config, model_path, tmp_path):
     )
     trainer = IBTPOTrainer(model_path, tiny.even_length, args, tiny.questions(), eval_dataset=tiny.questions(2))
     seen = []
-    compute = trainer._step_advantages
-    trainer._step_advantages = lambda *given: seen.append((trainer._grown, compute(*given))) or seen[-1][1]
+    compute = trainer._set_step_advantages
+    trainer._set_step_advantages = lambda output: (
+        compute(output) or seen.append((trainer._grown, output["advantages"]))
+    )
     trainer.train()
     table = pd.read_parquet(tmp_path / "out" / "completions" / "completions_00002.parquet")
     grown, advantages = seen[-1]
@@ -98,8 +100,8 @@ def test_a_stop_of_the_users_own_is_no_cut(config, model_path):
     args = config(max_steps=1, generation_kwargs={"eos_token_id": stops}, eval_strategy="steps", eval_steps=1)
     trainer = IBTPOTrainer(model_path, tiny.even_length, args, tiny.questions(), eval_dataset=tiny.questions(4))
     trees = []
-    compute = trainer._step_advantages
-    trainer._step_advantages = lambda *given: trees.extend(trainer._grown) or compute(*given)
+    compute = trainer._set_step_advantages
+    trainer._set_step_advantages = lambda output: trees.extend(trainer._grown) or compute(output)
     trainer.train()
     lengths = [tree.tree.ends()[leaf] for tree in trees for leaf in tree.tree.leaves]
     entry = next(entry for entry in trainer.state.log_history if "completions/clipped_ratio" in entry)
