@@ -40,8 +40,7 @@ from .viewing.recorder import TreeLog
 logger = logging.get_logger(__name__)
 
 
-class IBTPOTrainer(TreeGeneration, IBRegularization, PrefixSharedForward, WholeCheckpoints, GRPOTrainer):
-class IBTPOTrainer(TreeGeneration, TreeReports, PrefixSharedForward, WholeCheckpoints, GRPOTrainer):
+class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedForward, WholeCheckpoints, GRPOTrainer):
     """
     Trainer for Information Bottleneck Tree-based Policy Optimization (IB-TPO), from the paper [Long Live The Balance:
     Information Bottleneck Driven Tree-based Policy
