@@ -30,7 +30,16 @@ def test_pure_floors_load_neither_torch_nor_trl(module):
 
 # From the bottom up: a file imports from floors below its own, and no two files import each other.
 FLOORS = [
-    ["steps", "tree", "engines/base", "training/time_limit", "training/hooks", "prefix_sharing/trie", "viewing/lines"],
+    [
+        "steps",
+        "tree",
+        "engines/base",
+        "training/time_limit",
+        "training/hooks",
+        "training/regularization",
+        "prefix_sharing/trie",
+        "viewing/lines",
+    ],
     [
         "scores",
         "values",
@@ -42,14 +51,18 @@ FLOORS = [
     ],
     ["branching", "advantages", "prefix_sharing/trainer_mixin"],
     ["growth"],
-    ["viewing/drawing"],
-    ["viewing/text"],
+    ["viewing/records"],
+    ["viewing/drawing", "viewing/reading"],
+    ["viewing/text", "viewing/library"],
+    ["viewing/page"],
+    ["viewing/trackers", "viewing/server"],
+    ["viewing/recorder"],
     ["engines/transformers", "engines/vllm", "engines/vllm_server", "engines/vllm_cpu", "ibtpo_config"],
     ["training/rewards", "training/checks", "training/metrics", "training/model_card", "evaluation/samples"],
     ["training/generation", "evaluation/questions", "evaluation/harness"],
     ["ibtpo_trainer"],
     ["cli/common"],
-    ["cli/train", "cli/evaluate", "cli/tree", "cli/doctor"],
+    ["cli/train", "cli/evaluate", "cli/tree", "cli/view", "cli/doctor"],
     ["cli/main"],
     ["__main__"],
 ]

@@ -44,6 +44,8 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "a whole number of at least 1, or None for one tree",
     ),
     ("branch_lookahead", lambda value: _is_whole(value, 0), "a whole number from 0 (the paper)"),
+    ("log_trees", lambda value: _is_whole(value, 0), "a whole number of training steps, or 0 to record no trees"),
+    ("log_trees_count", _is_whole, "a whole number of at least 1"),
     (
         "max_completion_length",
         _is_whole,
@@ -61,6 +63,12 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda value: isinstance(value, Real) and not isinstance(value, bool) and value >= 0,
         "a number of leaves from 0 (only the nearest siblings count), or infinite (all other leaves of the question)",
     ),
+    (
+        "ib_regularization_coef",
+        lambda value: _is_number(value) and value >= 0,
+        "a number of at least 0 (IBRO's paper uses 0.005)",
+    ),
+    ("ib_regularization_shift", _is_number, "a number (IBRO's paper uses 0)"),
     (
         "success_range",
         lambda value: value is None or _is_range(value),
@@ -175,6 +183,15 @@ class IBTPOConfig(GRPOConfig):
             weighs \( 1/c \) of it. `"sampled"` needs a `branching` that does not look at rewards. KL and entropy
             terms always count once per trajectory.
 
+        > Parameters that regularize entropy
+
+        ib_regularization_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of IBRO's term (arXiv 2507.18391, which uses `0.005`): the mean over tokens of advantage times
+            entropy is taken off the loss, so that entropy rises where the advantage is positive and falls where it is
+            negative. The \( \alpha \) of that paper.
+        ib_regularization_shift (`float`, *optional*, defaults to `0.0`):
+            What is added to the advantage in that term; \( \eta \) in that paper.
+
         > Parameters that control the forward pass
 
         packed_forward (`bool`, *optional*):
@@ -183,6 +200,14 @@ class IBTPOConfig(GRPOConfig):
             `"eager"` or `"flex_attention"`, and the same log-probabilities as TRL's forward on a small batch that is
             compared before the first step. `True` makes it an error where it is not. Trees then stay together in a
             micro-batch, so `per_device_train_batch_size` is best a multiple of `num_generations`.
+
+        > Parameters that control what is recorded
+
+        log_trees (`int`, *optional*, defaults to `0`):
+            Record trees in `output_dir/trees/` in the first training step and in every so many, to be looked at with
+            `trl-ibtpo view`. `0` records none.
+        log_trees_count (`int`, *optional*, defaults to `4`):
+            How many trees of such a step are recorded: the first ones of the main process.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
@@ -379,6 +404,18 @@ class IBTPOConfig(GRPOConfig):
         },
     )
 
+    # Parameters that regularize entropy
+    ib_regularization_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of IBRO's term: the mean over tokens of advantage times entropy is taken off the loss."
+        },
+    )
+    ib_regularization_shift: float = field(
+        default=0.0,
+        metadata={"help": "What is added to the advantage in IBRO's term."},
+    )
+
     # Parameters that control the forward pass
     packed_forward: bool | None = field(
         default=None,
@@ -386,6 +423,19 @@ class IBTPOConfig(GRPOConfig):
             "help": "Whether to compute each token that rows of a micro-batch share only once. If `None`, where it is "
             "exact; if `True`, it is an error where it is not."
         },
+    )
+
+    # Parameters that control what is recorded
+    log_trees: int = field(
+        default=0,
+        metadata={
+            "help": "Record trees in `output_dir/trees/` in the first training step and in every so many, to look at "
+            "with `trl-ibtpo view`. 0 records none."
+        },
+    )
+    log_trees_count: int = field(
+        default=4,
+        metadata={"help": "How many trees of such a step are recorded: the first ones of the main process."},
     )
 
     def __post_init__(self):
@@ -469,6 +519,11 @@ class IBTPOConfig(GRPOConfig):
                     f"`{name}` is {getattr(self, name)!r}, but `advantage={self.advantage!r}` is not made of the "
                     f"values of steps. Use {plain!r}, or one of these advantages: {', '.join(BY_VALUE)}."
                 )
+        if self.ib_regularization_shift != 0 and self.ib_regularization_coef == 0:
+            raise ValueError(
+                f"`ib_regularization_shift` is {self.ib_regularization_shift!r}, but `ib_regularization_coef` is 0, "
+                "so there is no term that it shifts. Set the coefficient as well, for example to 0.005."
+            )
         if self.selection_correction and not self.branches:
             raise ValueError(
                 "`selection_correction` is True, but no step is chosen: no rollout continues another one."
