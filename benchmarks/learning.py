@@ -2,7 +2,7 @@
 
     python -m benchmarks.learning [--hours 2] [--workers 2]     # the runs of learning_plan.md that are still missing
     python -m benchmarks.learning --report                      # tables, pictures and docs/results.md from the rows
-    python -m benchmarks.learning --task chain10 --methods grpo_8 ibtpo --seeds 0 1 [--results FILE]
+    python -m benchmarks.learning --task chain7 --methods grpo_8 ibtpo --seeds 0 1 [--results FILE]
     python -m benchmarks.learning --quick [--json FILE]
 
 Each run is a line that says that it was started and, when it is done, a line for each of its checkpoints, appended to
@@ -41,13 +41,14 @@ def planned() -> list[Run]:
     weights = ["grpo_8", "confidence", "confidence_once", "confidence_sampled"]
     choice = ["ib_no_local", "ibtpo", "grpo_12"]
     stages = [
-        ("chain10", weights, range(4)),
-        ("chain10", choice, range(4)),
-        ("chain10", weights + choice, range(4, 8)),
-        ("chain8", weights, range(2)),
-        ("chain10", ["ib_once", "random", "random_once"], range(4)),
-        ("chain10", weights + choice, range(8, 16)),
-        ("chain10", list(learning_report.METHOD_NAMES), range(6)),
+        ("chain7", weights, range(4)),
+        ("chain7", choice, range(4)),
+        ("chain7", weights + choice, range(4, 8)),
+        ("chain10", weights, range(2)),
+        ("chain7", ["ib_once", "random", "random_once"], range(4)),
+        ("chain7", weights + choice, range(8, 16)),
+        ("chain7", list(learning_report.METHOD_NAMES), range(6)),
+        ("chain10", weights + choice, range(6)),
         ("chain8", weights + choice, range(6)),
         ("chain12", weights + choice, range(16)),
     ]
@@ -123,7 +124,7 @@ def main() -> None:
     arguments.add_argument("--report", action="store_true", help="print tables, draw pictures and write the page")
     arguments.add_argument("--hours", type=float, default=1e9, help="start no run after that time")
     arguments.add_argument("--workers", type=int, default=2, help="runs at a time")
-    arguments.add_argument("--task", choices=list(TASKS), default="chain10", help="with --methods")
+    arguments.add_argument("--task", choices=list(TASKS), default="chain7", help="with --methods")
     arguments.add_argument("--methods", nargs="+", help="these runs in place of the planned ones")
     arguments.add_argument("--seeds", nargs="+", type=int, default=[0], help="with --methods")
     arguments.add_argument("--learning-rate", type=float, help="in place of the task's")

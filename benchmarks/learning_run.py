@@ -69,13 +69,14 @@ class Setting:
     budget: int  # generated tokens
     learning_rate: float
     questions: int = 32  # of a generation batch
-    updates: int = 1  # optimizer steps of a generation batch
+    updates: int = 2  # optimizer steps of a generation batch
     checkpoints: int = 10
 
 
 SETTINGS = {
-    "chain10": Setting(budget=360_000, learning_rate=7e-4),
-    "chain8": Setting(budget=180_000, learning_rate=7e-4),
+    "chain7": Setting(budget=240_000, learning_rate=4e-4),
+    "chain10": Setting(budget=360_000, learning_rate=4e-4),
+    "chain8": Setting(budget=180_000, learning_rate=4e-4),
     "chain12": Setting(budget=900_000, learning_rate=5e-4),
 }
 

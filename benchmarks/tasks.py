@@ -6,7 +6,7 @@ The label and the operation can be looked up in the question; the result is a *f
 
 The solutions that the model starts from know their facts with different reliability: most are nearly always right,
 some now and then, some seldom. A mistake is one of two results that go with the fact, and is carried on. So what
-reinforcement learning has to find out is which of the model's habits are right, from the last number alone.
+reinforcement learning has to find out is which of the model's habits are right.
 """
 
 import hashlib
@@ -58,6 +58,7 @@ class Chain:
     hidden: int = 64
     layers: int = 2
     seed: int = 0  # of the facts and the warm start
+    base: "Chain | None" = None  # whose warm start is where this one begins, with its tokenizer and its facts
 
     # ----- questions and answers -------------------------------------------------------------------------------------
 
@@ -102,12 +103,8 @@ class Chain:
         return " \n\n ".join(lines)
 
     def reward(self, completions: list[str], solution: list[str], **kwargs) -> list[float]:
-        """1 where the completion ends as the right solution does: the last step's label and its result."""
-        return [float(self._outcome(text) == self._outcome(right)) for text, right in zip(completions, solution)]  # noqa: B905
-
-    def _outcome(self, text: str) -> tuple[str, str] | None:
-        words = text.rsplit("\n\n", 1)[-1].split()
-        return (words[0], words[-1]) if len(words) == 5 else None
+        """1 where every step is right, as a proof checker would have it; a wrong chain may not end well by luck."""
+        return [float(text.split() == right.split()) for text, right in zip(completions, solution, strict=True)]
 
     # ----- the model -------------------------------------------------------------------------------------------------
 
@@ -152,8 +149,13 @@ class Chain:
         if (folder / "settings.json").exists():
             return folder
         set_seed(self.seed)
-        tokenizer = self.tokenizer()
-        model = self.model(tokenizer)
+        if self.base is None:
+            tokenizer = self.tokenizer()
+            model = self.model(tokenizer)
+        else:
+            begun = self.base.warm_start(cache)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(begun)
+            model = Qwen3ForCausalLM.from_pretrained(begun, dtype=torch.float32)
         for cycle in range(len(self.warm_steps)):
             self.train_cycle(model, tokenizer, cycle)
         model.save_pretrained(folder)
@@ -184,10 +186,12 @@ class Chain:
                 progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
+CHAIN10 = Chain("chain10", steps=10, modulus=23)
 TASKS = {
     task.name: task
     for task in (
-        Chain("chain10", steps=10, modulus=23),
+        Chain("chain7", steps=7, modulus=23, warm_steps=(250,), warm_learning_rate=1e-3, base=CHAIN10),
+        CHAIN10,
         Chain("chain8", steps=8, modulus=17),
         Chain("chain12", steps=12, modulus=37, warm_steps=(1200,), hidden=96, layers=3),
     )
@@ -199,7 +203,7 @@ class RightSolutions:
 
     The sum over questions of the probability that the model samples the right solution, token by token, is the
     expected number of right solutions: accuracy at temperature 1 with infinitely many samples a question. It has no
-    sampling noise and costs one forward pass. A chain that goes wrong and ends well by luck does not count.
+    sampling noise and costs one forward pass.
     """
 
     def __init__(self, task: Chain, tokenizer: PreTrainedTokenizerFast, count: int = 256, seed: int = -2):

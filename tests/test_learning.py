@@ -24,16 +24,16 @@ def small_file(path: Path) -> Path:
     finals = {("grpo_8", 0): 0.5, ("grpo_8", 1): 0.4, ("grpo_8", 2): 0.45, ("grpo_8", 3): 0.6}
     finals |= {("ibtpo", 0): 0.55, ("ibtpo", 1): 0.52, ("ibtpo", 2): 0.47}
     for (method, seed), final in finals.items():
-        named = {"task": "chain10", "method": method, "seed": seed}
+        named = {"task": "chain7", "method": method, "seed": seed}
         started = {**named, "event": "started"}
         half = {**named, "generated_tokens": 50, "trained_tokens": 70, "cpu_seconds": 1.0, "accuracy": final / 2}
         half |= {"final": final, "area": final / 2}
         if (method, seed) == ("grpo_8", 2):
             lines += [started, {**half, "final": 0.0}]  # killed while its rows were written
         lines += [started, half, {**half, "generated_tokens": 100, "trained_tokens": 140, "accuracy": final}]
-    lines += [{"task": "chain10", "method": "ibtpo", "seed": 3, "event": "started"}]
-    lines += [{"task": "chain10", "method": "ibtpo", "seed": 3, "event": "failed", "error": "ValueError: no"}]
-    lines += [{"task": "chain10", "method": "grpo_8", "seed": 4, "event": "started"}]
+    lines += [{"task": "chain7", "method": "ibtpo", "seed": 3, "event": "started"}]
+    lines += [{"task": "chain7", "method": "ibtpo", "seed": 3, "event": "failed", "error": "ValueError: no"}]
+    lines += [{"task": "chain7", "method": "grpo_8", "seed": 4, "event": "started"}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -107,9 +107,9 @@ def test_every_run_that_was_started_is_in_the_tables(results_file):
 
 def test_what_was_cut_off_does_not_count(tmp_path):
     results = learning_report.load(small_file(tmp_path / "rows.jsonl"))
-    assert results.measured("chain10", "grpo_8", "final") == {0: 0.5, 1: 0.4, 2: 0.45, 3: 0.6}
-    assert results.failed == {Run("chain10", "ibtpo", 3): "ValueError: no"}
-    assert Run("chain10", "grpo_8", 4) not in results.complete
+    assert results.measured("chain7", "grpo_8", "final") == {0: 0.5, 1: 0.4, 2: 0.45, 3: 0.6}
+    assert results.failed == {Run("chain7", "ibtpo", 3): "ValueError: no"}
+    assert Run("chain7", "grpo_8", 4) not in results.complete
 
 
 @pytest.mark.parametrize("degrees", T_975)
