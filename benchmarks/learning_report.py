@@ -384,6 +384,8 @@ def first_line(results: Results, task: str) -> str:
 
 def generated_part(results: Results) -> str:
     """Everything on the page that depends on rows."""
+    if not results.complete:
+        return "Not known: no run is done yet.\n"
     parts = [first_line(results, task) for task in results.tasks()[:1]]
     parts.append(
         "Figures are differences in points of accuracy with their 95% intervals; see below for what was measured.\n"
