@@ -83,8 +83,6 @@ def work(runs: list[Run], settings: dict[str, Any], args, tasks: dict[str, Chain
     left: Iterator[Run] = iter([run for run in runs if run not in done])
     code, begun, log = commit(), time.monotonic(), CACHE.parent / "learning.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    for name in sorted({run.task for run in runs if run not in done}):
-        tasks[name].warm_start(CACHE)  # once, before the workers need it
     in_flight = {}
     with (
         ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool,
@@ -95,6 +93,7 @@ def work(runs: list[Run], settings: dict[str, Any], args, tasks: dict[str, Chain
                 run = next(left, None)
                 if run is None:
                     break
+                tasks[run.task].warm_start(CACHE)  # made here where it is missing, so that workers only read it
                 started = {
                     **asdict(run),
                     "event": "started",
