@@ -231,11 +231,10 @@ class TreeGrower:
         """The steps of one round."""
         # With a single rewarded child rho = 1, so the score of a step says nothing of the answer until a second one is
         # rewarded. While that branch is under way, look elsewhere first. Without rewards, a second child is enough.
-        under_way = np.zeros(len(scores.parents), dtype=bool)
-        under_way[[branch.after for branch in self._pending]] = True
         priority, eligible = self._strategy(self.tree, scores, self._rng), self._eligible(scores)
         known = scores.rewarded_children if self.waits_for_rewards else scores.children
-        deferred = under_way & (known < 2)
+        deferred = np.zeros(len(known), dtype=bool)
+        deferred[[branch.after for branch in self._pending if known[branch.after] < 2]] = True
         steps = select_steps(priority, eligible, self.settings.tree_nodes_per_level, deferred)
         self._branched.update(steps)
         self._choices.append(self._describe_choice(steps, priority, eligible, deferred))
