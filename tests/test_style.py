@@ -19,7 +19,7 @@ def test_ruff(command):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("module", ["steps", "tree", "scores", "branching", "advantages", "growth"])
+@pytest.mark.parametrize("module", ["steps", "tree", "scores", "branching", "budget", "advantages", "growth"])
 def test_pure_floors_load_neither_torch_nor_trl(module):
     code = f"import sys, trl_ibtpo.{module}; print([m for m in ('torch', 'trl', 'transformers') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -28,7 +28,16 @@ def test_pure_floors_load_neither_torch_nor_trl(module):
 
 # From the bottom up: a file imports from floors below its own, and no two files import each other.
 FLOORS = [
-    ["steps", "tree", "engines/base", "training/time_limit", "training/hooks", "prefix_sharing/trie", "viewing/lines"],
+    [
+        "steps",
+        "tree",
+        "budget",
+        "engines/base",
+        "training/time_limit",
+        "training/hooks",
+        "prefix_sharing/trie",
+        "viewing/lines",
+    ],
     [
         "scores",
         "prefix_sharing/attention",
