@@ -65,6 +65,12 @@ def test_a_function_given_to_the_trainer_chooses_the_steps(model_path, config):
         ("confidence", {}, TypeError, "`branching` of the trainer is 'confidence'; give a function"),
         (Learner, {}, TypeError, "give a function"),
         (Learner(), {"branching": "independent"}, ValueError, "'Learner', but `branching` of the configuration is"),
+        (
+            lambda tree, scores, rng: scores.density,
+            {"branching": "random", "shared_token_weight": "sampled"},
+            ValueError,
+            "the function '<lambda>' does not say that it leaves them alone",
+        ),
     ],
 )
 def test_what_cannot_be_a_strategy_is_refused(model_path, config, branching, fields, error, message):

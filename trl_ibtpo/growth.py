@@ -435,8 +435,9 @@ def drive(
             if leaves:
                 scorer.submit(leaves)
 
-            rewarded = scorer.collect(wait=not in_flight and not ready)
-            if not (requests or finished or rewarded or in_flight):
+            wait = not in_flight and not ready
+            rewarded = scorer.collect(wait)
+            if wait and not (requests or finished or rewarded):
                 raise RuntimeError("Trees wait for rewards, but the scorer has none pending.")
             for tree, leaf, reward in rewarded:
                 growers[tree].add_reward(leaf, reward)

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from trl import GRPOConfig
 from trl.distributed import DistributedBackend
 
-from ..branching import STRATEGIES
+from ..branching import STRATEGIES, uses_rewards
 
 logger = logging.get_logger(__name__)
 
@@ -159,6 +159,12 @@ def check_strategy(strategy: Any, args: GRPOConfig) -> None:
         raise ValueError(
             f"`branching` of the trainer is the function '{name_of(strategy)}', but `branching` of the configuration "
             "is 'independent', which never asks one. Leave the field out."
+        )
+    if args.shared_token_weight == "sampled" and uses_rewards(strategy):
+        raise ValueError(
+            f"`shared_token_weight` is 'sampled', which is right only where rewards do not decide where trees "
+            f"branch, but the function '{name_of(strategy)}' does not say that it leaves them alone. If it does, set "
+            "its `uses_rewards = False`; else use `shared_token_weight='once'`."
         )
 
 
