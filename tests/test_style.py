@@ -34,6 +34,7 @@ FLOORS = [
         "budget",
         "engines/base",
         "training/time_limit",
+        "training/group_statistics",
         "training/hooks",
         "prefix_sharing/trie",
         "viewing/lines",

@@ -5,7 +5,7 @@ may be given what others did not need (`adaptive_budget` in `IBTPOConfig`):
 
     contrast(q)   the largest j for which j answers of the question are better than j others of it
     enough        contrast >= k: j right and j wrong answers, for success 0 or 1
-    chance(q)     (contrast + 1) / (n + 2)            that the next of n answers brings the outcome that is rarer
+    chance(q)     (contrast + 1) / (n + 2)            that the next answer, after n, brings the outcome that is rarer
     headroom(q)   (n - sum of success + 1) / (n + 2)  what there is to learn
     gain(q)       chance * headroom                   the next leaf goes where it is highest
 
@@ -31,9 +31,10 @@ def gain(success_L: Sequence[float], leaves: int) -> float:
 
     Args:
         success_L: of its answers; NaN where unknown, which counts as an answer that is not right.
-        leaves: how many it has, those not sampled yet included: `n`.
+        leaves: how many it will have before this one; those still to come count as no surprise.
     """
-    return (contrast(success_L) + 1) * (leaves - np.nansum(success_L) + 1) / (leaves + 2) ** 2
+    headroom = (len(success_L) - np.nansum(success_L) + 1) / (len(success_L) + 2)
+    return float((contrast(success_L) + 1) / (leaves + 2) * headroom)
 
 
 def all_right(success_L: Sequence[float]) -> bool:

@@ -356,6 +356,25 @@ class TreeGrower:
             branch.grafted += ends[-1]
 
 
+def leaf_budget(settings: GrowthSettings, trees: int, in_order: bool = False) -> LeafBudget | None:
+    """What `drive` needs to share out the leaves of so many trees; none where every tree has the same number.
+
+    Args:
+        settings: of all trees.
+        trees: how many.
+        in_order: see `LeafBudget`.
+    """
+    if settings.adaptive_budget is None:
+        return None
+    return LeafBudget(
+        trees * settings.leaves,
+        settings.adaptive_budget,
+        portion=settings.tree_initial_rollouts,
+        unit=1 if settings.branching == "independent" else settings.branches_per_round,
+        in_order=in_order,
+    )
+
+
 class LeafScorer(Protocol):
     """Rewards finished leaves while trees grow. A leaf is named by its tree's name and its number in the tree."""
 

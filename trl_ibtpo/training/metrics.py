@@ -4,6 +4,7 @@ tree/effective_rate     share of trees whose leaves differ in success (Eff-Rate)
 tree/average_success    mean success of the trajectories (Avg-Rate)
 tree/generated_tokens   newly sampled tokens per question, shared prefixes once
 tree/trajectory_tokens  tokens of all trajectories per question, shared prefixes once per trajectory
+tree/leaves_std         standard deviation of the trajectories per question, 0 without `adaptive_budget`
 tree/depth              steps per trajectory
 tree/branch_position    share of a branched trajectory that was inherited, 0 at the question
 ib/score                mean IB-Score of the steps with children
@@ -32,7 +33,7 @@ MEANS = (
     "ib/covariance",
     "ib/confidence",
 )
-DEVIATIONS = ("advantages/global_std", "advantages/local_std")
+DEVIATIONS = ("tree/leaves_std", "advantages/global_std", "advantages/local_std")
 
 
 class TreeMetrics:
@@ -47,6 +48,7 @@ class TreeMetrics:
         known = success[~np.isnan(success)]
         self._add("tree/effective_rate", [len(known) > 0 and known.min() < known.max()])
         self._add("tree/average_success", known)
+        self._add("tree/leaves_std", [len(tree.leaves)])
         self._add("tree/generated_tokens", [tree.generated_tokens])
         self._add("tree/trajectory_tokens", [tree.trajectory_tokens])
         self._add("tree/depth", [len(tree.path(leaf)) for leaf in tree.leaves])
