@@ -4,13 +4,18 @@ import math
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import test_growth
+import tiny
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trl_ibtpo import IBTPOTrainer
 from trl_ibtpo.budget import LeafBudget, all_right, contrast, gain
 from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive, leaf_budget
+from trl_ibtpo.training.group_statistics import group_advantages
 
 NAN = math.nan
 
@@ -160,3 +165,169 @@ def test_leaves_go_from_the_solved_question_to_the_hard_one():
 
         drive(growers, engine, ByQuestion(engine), budget=leaf_budget(growth, 3))
         assert sizes(growers) == [28, 4, 4]
+
+
+# ----- statistics ----------------------------------------------------------------------------------------------------
+
+
+def by_definition(rewards_BF, sizes, weights_F, scale_rewards="group", aggregation="sum_then_normalize"):
+    """GRPO's advantages and whether the deviation is zero, row by row, in float64."""
+
+    def deviation(values):
+        known = [value for value in values if not math.isnan(value)]
+        return float(np.std(known, ddof=1)) if len(known) > 1 else NAN
+
+    def mean(values):
+        return float(np.mean([value for value in values if not math.isnan(value)] or [NAN]))
+
+    def total(row, rewards):
+        if all(math.isnan(reward) for reward in rewards):
+            return NAN
+        return sum(weight * value for weight, value in zip(weights_F, row, strict=True) if not math.isnan(value))
+
+    ends = np.cumsum(sizes)
+    groups = [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    rewards = [total(row, row) for row in rewards_BF]
+    advantages, deviations = [], []
+    for rows in groups:
+        if aggregation == "sum_then_normalize":
+            group = [rewards[row] for row in rows]
+            std = deviation(rewards if scale_rewards == "batch" else group)
+            divisor = 1 if scale_rewards == "none" else std + 1e-4
+            advantages += [(reward - mean(group)) / divisor for reward in group]
+            deviations += [std] * len(group)
+        else:
+            columns = [[rewards_BF[row][k] for row in rows] for k in range(len(weights_F))]
+            scaled = [[(value - mean(column)) / (deviation(column) + 1e-4) for value in column] for column in columns]
+            advantages += [total(values, rewards_BF[row]) for row, *values in zip(rows, *scaled, strict=True)]
+    if aggregation == "normalize_then_sum":
+        std = deviation(advantages)
+        advantages, deviations = [(each - mean(advantages)) / (std + 1e-4) for each in advantages], [std] * ends[-1]
+    return np.nan_to_num(advantages), np.isclose(deviations, 0, atol=1e-8)
+
+
+WAYS = [
+    ("group", "sum_then_normalize"),
+    ("batch", "sum_then_normalize"),
+    ("none", "sum_then_normalize"),
+    ("group", "normalize_then_sum"),
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids="-".join)
+def test_uneven_groups_against_the_definition(way):
+    rng = np.random.default_rng(0)
+    sizes = [2, 7, 3, 1, 12, 4]
+    rewards = rng.integers(0, 3, (sum(sizes), 2)) / 2.0
+    rewards[rng.random(rewards.shape) < 0.2] = NAN
+    rewards[9:12] = 1.0  # a group without variance
+    rewards[13:15] = NAN  # unscorable rows
+    scale, aggregation = way
+    options = {"scale_rewards": scale, "multi_objective_aggregation": aggregation}
+    weights = torch.tensor([1.0, 0.5])
+    advantages, is_zero = group_advantages(torch.tensor(rewards), sizes, weights, **options)
+    expected, expected_zero = by_definition(rewards.tolist(), sizes, weights.tolist(), *way)
+    np.testing.assert_allclose(advantages.numpy(), expected, atol=1e-6)
+    assert is_zero.tolist() == expected_zero.tolist() and is_zero.any() == (way in (WAYS[0], WAYS[2]))
+
+
+def odd_or_nothing(completions, **kwargs):
+    lengths = [len(tiny.text_of(completion)) for completion in completions]
+    return [None if length % 3 == 0 else float(length % 2) for length in lengths]
+
+
+def test_equal_groups_give_trls_own_numbers(model_path, config):
+    class Compared(IBTPOTrainer):
+        def _step_advantages(self, advantages, completion_ids):
+            rewards = self._all_rewards
+            options = {
+                "scale_rewards": self.scale_rewards,
+                "multi_objective_aggregation": self.multi_objective_aggregation,
+            }
+            found, is_zero = group_advantages(rewards, [6] * 4, self.reward_weights, **options)
+            assert torch.equal(found, advantages) and found.any()
+            assert self._metrics["train"]["frac_reward_zero_std"][-1] == is_zero.float().mean().item()
+            compared.append(torch.isnan(rewards).all(1).any().item())
+            return super()._step_advantages(advantages, completion_ids)
+
+    args = config(tree_levels=1, tree_initial_rollouts=6, per_device_train_batch_size=24, reward_weights=[1.0, 0.5])
+    trainer = Compared(model_path, [odd_or_nothing, tiny.has_letter], args, tiny.questions())
+    trainer.model.train()
+    rows = [dict(row) for row in tiny.questions(4) for _ in range(6)]
+    compared = []
+    for trainer.scale_rewards, trainer.multi_objective_aggregation in WAYS:
+        trainer._generate_and_score_completions(rows)
+    assert len(compared) == 4 and any(compared)  # unscorable completions among them
+
+
+# ----- training ------------------------------------------------------------------------------------------------------
+
+SMALL = {"tree_initial_rollouts": 2, "tree_levels": 4, "adaptive_budget": 1, "reproducible_rollouts": True}
+
+
+def solved_or_hopeless(completions, letter, **kwargs):
+    """Every question with an "a" is solved, with an "e" hopeless; the others are in between."""
+    known = {"a": 1.0, "e": 0.0}
+    even = tiny.even_length(completions)
+    return [known.get(vowel, value) for vowel, value in zip(letter, even, strict=True)]
+
+
+class Recorded(IBTPOTrainer):
+    def _step_advantages(self, advantages, completion_ids):
+        rewards = self._all_rewards.tolist()
+        expected, is_zero = by_definition(rewards, self._sizes, self.reward_weights.tolist())
+        np.testing.assert_allclose(advantages.numpy(), expected, atol=1e-5)
+        assert self._metrics["train"]["frac_reward_zero_std"][-1] == pytest.approx(is_zero.mean())
+        success = [value for grown in self._grown for value in grown.tree.success]
+        assert success == [row[0] for row in rewards]  # every row has the reward of its own leaf
+        self.seen.append((self._sizes, [grown.tree.leaves for grown in self._grown]))
+        return super()._step_advantages(advantages, completion_ids)
+
+
+def train(model_path, args, **options):
+    trainer = Recorded(model_path, solved_or_hopeless, args, tiny.questions(), **options)
+    trainer.seen = []
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("branching, forwards", [("ib", [True]), ("independent", [True, False])])
+def test_trains_with_trees_of_any_size(model_path, config, branching, forwards, capsys):
+    """Two micro-batches a generation batch, which trees may span; the prefix-shared forward trains as TRL's does."""
+    runs = []
+    for packed in forwards:
+        args = config(
+            **SMALL,
+            branching=branching,
+            per_device_train_batch_size=10,
+            gradient_accumulation_steps=2,
+            packed_forward=packed,
+            log_completions=True,
+            num_completions_to_print=1,
+        )
+        runs.append(train(model_path, args))
+    assert "2 at least, fewer where all are right or 1 right and 1 wrong" in capsys.readouterr().out
+    shared, *others = runs
+    assert len(shared.seen) == 3
+    for sizes_of_batch, _ in shared.seen:
+        assert sum(sizes_of_batch) == 20 and min(sizes_of_batch) >= 2
+    assert any(max(found) > 5 > min(found) for found, _ in shared.seen)
+    for separate in others:
+        assert shared.seen == separate.seen
+        for one, other in zip(shared.model.parameters(), separate.model.parameters(), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+    logged = [entry for entry in shared.state.log_history if "tree/leaves_std" in entry]
+    assert len(logged) == 3
+    assert logged[0]["tree/leaves_std"] == pytest.approx(np.std(shared.seen[0][0]), rel=1e-5)
+
+
+def test_resumes_where_it_stopped(model_path, config):
+    saving = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    whole = train(model_path, config(**SMALL, per_device_train_batch_size=20, max_steps=3))
+    first = config(**SMALL, per_device_train_batch_size=20, **{**saving, "max_steps": 2})
+    train(model_path, first)
+    args = config(**SMALL, per_device_train_batch_size=20, **{**saving, "max_steps": 3})
+    again = Recorded(model_path, solved_or_hopeless, args, tiny.questions())
+    again.seen = []
+    again.train(resume_from_checkpoint=True)
+    assert again.seen == whole.seen[2:]

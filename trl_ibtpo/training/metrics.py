@@ -4,7 +4,7 @@ tree/effective_rate     share of trees whose leaves differ in success (Eff-Rate)
 tree/average_success    mean success of the trajectories (Avg-Rate)
 tree/generated_tokens   newly sampled tokens per question, shared prefixes once
 tree/trajectory_tokens  tokens of all trajectories per question, shared prefixes once per trajectory
-tree/leaves_std         standard deviation of the trajectories per question, 0 without `adaptive_budget`
+tree/leaves_std         standard deviation of the trajectories per question; only with `adaptive_budget`
 tree/depth              steps per trajectory
 tree/branch_position    share of a branched trajectory that was inherited, 0 at the question
 ib/score                mean IB-Score of the steps with children
@@ -33,7 +33,8 @@ MEANS = (
     "ib/covariance",
     "ib/confidence",
 )
-DEVIATIONS = ("tree/leaves_std", "advantages/global_std", "advantages/local_std")
+LEAVES_STD = "tree/leaves_std"
+DEVIATIONS = ("advantages/global_std", "advantages/local_std", LEAVES_STD)
 
 
 class TreeMetrics:
@@ -48,7 +49,8 @@ class TreeMetrics:
         known = success[~np.isnan(success)]
         self._add("tree/effective_rate", [len(known) > 0 and known.min() < known.max()])
         self._add("tree/average_success", known)
-        self._add("tree/leaves_std", [len(tree.leaves)])
+        if grown.settings.adaptive_budget is not None:
+            self._add(LEAVES_STD, [len(tree.leaves)])
         self._add("tree/generated_tokens", [tree.generated_tokens])
         self._add("tree/trajectory_tokens", [tree.trajectory_tokens])
         self._add("tree/depth", [len(tree.path(leaf)) for leaf in tree.leaves])
@@ -65,7 +67,7 @@ class TreeMetrics:
 
     def reduce(self, accelerator) -> dict[str, float]:
         """Means and standard deviations over all processes; one collective call. NaN where nothing was seen."""
-        names = (*MEANS, *DEVIATIONS)
+        names = [name for name in (*MEANS, *DEVIATIONS) if name != LEAVES_STD or name in self._sums]
         local = torch.tensor(np.array([self._sums[name] for name in names]), device=accelerator.device)
         total = accelerator.reduce(local.float(), reduction="sum").double().cpu().numpy()
         values = {}
