@@ -19,7 +19,9 @@ def test_ruff(command):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("module", ["steps", "tree", "scores", "branching", "budget", "advantages", "growth"])
+@pytest.mark.parametrize(
+    "module", ["steps", "tree", "scores", "values", "weights", "branching", "budget", "advantages", "growth"]
+)
 def test_pure_floors_load_neither_torch_nor_trl(module):
     code = f"import sys, trl_ibtpo.{module}; print([m for m in ('torch', 'trl', 'transformers') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -41,6 +43,8 @@ FLOORS = [
     ],
     [
         "scores",
+        "values",
+        "weights",
         "prefix_sharing/attention",
         "prefix_sharing/comparison",
         "evaluation/estimates",
