@@ -19,14 +19,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import reasoning_gym
-import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import common
-from benchmarks.branching import SharedSamples
-from examples import quickstart
 from trl_ibtpo.budget import contrast
 from trl_ibtpo.engines.base import Rollout
 from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive, leaf_budget
@@ -34,6 +29,7 @@ from trl_ibtpo.steps import StepSplitter
 
 BATCH, INITIAL, GROUP = 16, 4, 12  # questions, rollouts
 MIXTURES = {"mixed": (0.4, 0.6), "hard": (0.2, 1.0), "easy": (1.0, 0.25)}  # of success rates: Beta(a, b)
+MAX_COMPLETION_LENGTH = 64  # the quickstart's
 TASKS = {"quickstart": (4, 6), "easier": (4, 4), "harder": (6, 6)}  # terms of the sums
 
 # ----- published rules, as the priority of the next rollout of a question with these answers -------------------------
@@ -142,11 +138,11 @@ def rules_on(success: np.ndarray, tokens: np.ndarray) -> dict[str, dict[str, flo
     return found
 
 
-def trees_on(engine: SharedSamples, tokenizer, entries: list[dict], is_right) -> dict[str, dict[str, float]]:
+def trees_on(engine, tokenizer, entries: list[dict], is_right) -> dict[str, dict[str, float]]:
     """Fixed and adaptive trees on one batch of questions."""
     found = {}
     for wanted in (None, *ADAPTIVE):
-        growth = GrowthSettings(max_completion_length=quickstart.MAX_COMPLETION_LENGTH, adaptive_budget=wanted)
+        growth = GrowthSettings(max_completion_length=MAX_COMPLETION_LENGTH, adaptive_budget=wanted)
         splitter = StepSplitter(tokenizer)
         growers = [TreeGrower(tokenizer(entry["question"])["input_ids"], growth, splitter) for entry in entries]
         engine.rewind()
@@ -158,13 +154,13 @@ def trees_on(engine: SharedSamples, tokenizer, entries: list[dict], is_right) ->
     return found
 
 
-def sampled(engine: SharedSamples, tokenizer, entries: list[dict], samples: int, is_right):
+def sampled(engine, tokenizer, entries: list[dict], samples: int, is_right):
     """Success and length of so many answers to each question; both `(P, S)`."""
     growth = GrowthSettings(
         branching="independent",
         tree_levels=1,
         tree_initial_rollouts=samples,
-        max_completion_length=quickstart.MAX_COMPLETION_LENGTH,
+        max_completion_length=MAX_COMPLETION_LENGTH,
     )
     splitter = StepSplitter(tokenizer)
     growers = [TreeGrower(tokenizer(entry["question"])["input_ids"], growth, splitter) for entry in entries]
@@ -185,10 +181,45 @@ def summarize(source: str, batches: list[dict[str, dict[str, float]]]) -> list[d
     return rows
 
 
+def with_model(args) -> list[dict]:
+    """Fixed groups, rules and trees on the answers of a model."""
+    # Here, since mixtures need none of it.
+    import reasoning_gym
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from benchmarks.branching import SharedSamples
+    from examples import quickstart
+
+    if args.model is None:
+        _, training = quickstart.make_questions(args.seed)
+        steps = {"max_steps": 10} if args.quick else {}
+        model, tokenizer = quickstart.warm_start(training, args.seed, **steps)
+    else:
+        model, tokenizer = (each.from_pretrained(args.model) for each in (AutoModelForCausalLM, AutoTokenizer))
+    model.eval()
+
+    def is_right(entry, ids):
+        return float(quickstart.is_right(tokenizer.decode(ids, skip_special_tokens=True), entry))
+
+    rows = []
+    for name, (fewest, most) in TASKS.items():
+        options = {"size": args.questions, "seed": 10_000 + args.seed, "min_digits": 1, "max_digits": 1}
+        task = reasoning_gym.create_dataset("chain_sum", min_terms=fewest, max_terms=most, **options)
+        entries, batches = list(task), []
+        for start in tqdm(range(0, args.questions, BATCH), desc=name):
+            torch.manual_seed(args.seed + start)
+            engine, batch = SharedSamples(model, tokenizer), entries[start : start + BATCH]
+            success, tokens = sampled(engine, tokenizer, batch, args.samples, is_right)
+            batches.append(rules_on(success, tokens) | trees_on(engine, tokenizer, batch, is_right))
+        rows += summarize(name, batches)
+    return rows
+
+
 def main() -> None:
     arguments = common.parser(__doc__.splitlines()[0])
     arguments.add_argument("--questions", type=int, default=256, help="of each task")
-    arguments.add_argument("--mixture_questions", type=int, default=1536)
+    arguments.add_argument("--mixture_questions", type=int, default=512)
     arguments.add_argument("--samples", type=int, default=64, help="answers to each question")
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--model", type=Path, help="a warm-started model of the quickstart, instead of a new one")
@@ -205,27 +236,7 @@ def main() -> None:
             batches.append(rules_on(success, np.ones(success.shape)))
         rows += summarize(f"mixture {name}", batches)
     if not args.mixtures_only:
-        if args.model is None:
-            _, training = quickstart.make_questions(args.seed)
-            steps = {"max_steps": 10} if args.quick else {}
-            model, tokenizer = quickstart.warm_start(training, args.seed, **steps)
-        else:
-            model, tokenizer = (each.from_pretrained(args.model) for each in (AutoModelForCausalLM, AutoTokenizer))
-        model.eval()
-
-        def is_right(entry, ids):
-            return float(quickstart.is_right(tokenizer.decode(ids, skip_special_tokens=True), entry))
-
-        for name, (fewest, most) in TASKS.items():
-            options = {"size": args.questions, "seed": 10_000 + args.seed, "min_digits": 1, "max_digits": 1}
-            task = reasoning_gym.create_dataset("chain_sum", min_terms=fewest, max_terms=most, **options)
-            entries, batches = list(task), []
-            for start in tqdm(range(0, args.questions, BATCH), desc=name):
-                torch.manual_seed(args.seed + start)
-                engine, batch = SharedSamples(model, tokenizer), entries[start : start + BATCH]
-                success, tokens = sampled(engine, tokenizer, batch, args.samples, is_right)
-                batches.append(rules_on(success, tokens) | trees_on(engine, tokenizer, batch, is_right))
-            rows += summarize(name, batches)
+        rows += with_model(args)
     common.report("Which questions should get more rollouts", rows, args)
 
 

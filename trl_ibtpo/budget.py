@@ -9,8 +9,8 @@ may be given what others did not need (`adaptive_budget` in `IBTPOConfig`):
     headroom(q)   (n - sum of success + 1) / (n + 2)  what there is to learn
     gain(q)       chance * headroom                   the next leaf goes where it is highest
 
-`chance` and `headroom` are posterior means of uniform priors. A question stops when it has enough, and when all its
-answers are right; of those that stopped, the latter are given leaves before the former, once nobody else needs any.
+`chance` and `headroom` are posterior means of uniform priors. A question stops when it has enough. One whose answers
+are all right has its share, as others do, but gets of the rest only what nobody else needs.
 """
 
 from collections.abc import Sequence

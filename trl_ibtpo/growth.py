@@ -16,12 +16,12 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from .branching import Strategy, make_strategy, select_steps, uses_rewards
-from .budget import LeafBudget, all_right, contrast
+from .budget import LeafBudget, contrast
 from .engines.base import Clock, Rollout, RolloutEngine, RolloutRequest
 from .scores import StepConfidence, TreeScores, score_tree
 from .steps import StepSplitter, turn_ends
@@ -105,9 +105,9 @@ class TreeGrower:
     answer is known, the score is its confidence term alone, which needs none. So the first rounds go to several steps
     before their answers are known, the later ones to the steps whose answers look best. `d = 0` is the paper exactly.
 
-    With `adaptive_budget`, a tree stops before its next round once its answers are all right or differ enough
-    (`budget`), gives back the leaves that it has not used, and may be granted some that others gave back. Independent
-    rollouts then have rounds as well, of as many rollouts as they began with.
+    With `adaptive_budget`, a tree stops before its next round once its answers differ enough (`budget`), gives back
+    the leaves that it has not used, and may be granted some that others gave back. Independent rollouts then have
+    rounds as well, of as many rollouts as they began with.
 
     Args:
         prompt_ids: token ids of the question.
@@ -132,7 +132,7 @@ class TreeGrower:
         self.name = 0  # its place among the trees that grow together, which `drive` knows
         self._strategy = strategy if strategy is not None else make_strategy(settings.branching)
         self.limit = settings.leaves  # that it may have; once it has stopped, that it has
-        self._stop: Literal["settled", "enough", "never"] = "never" if settings.adaptive_budget is None else "settled"
+        self._may_stop = settings.adaptive_budget is not None
         # Else the tree gets all rewards when the last is known.
         self.waits_for_rewards = uses_rewards(self._strategy) or settings.adaptive_budget is not None
         self._splitter = splitter
@@ -159,7 +159,7 @@ class TreeGrower:
     def grant(self, leaves: int, to_the_last: bool = False) -> None:
         """Let a tree that is done have more leaves, until its answers differ enough or, if it must, all of them."""
         self.limit += leaves
-        self._stop = "never" if to_the_last else "enough"
+        self._may_stop = not to_the_last
 
     @property
     def can_advance(self) -> bool:
@@ -237,11 +237,11 @@ class TreeGrower:
 
     def _start_rounds(self, engine: RolloutEngine | None) -> list[RolloutRequest]:
         """A round, and as many more as make `branch_lookahead` more branches, all chosen with what is in the tree."""
-        if self._stops():
+        if self._may_stop and contrast(self.success) >= self.settings.adaptive_budget:
             self.limit = len(self._branches)
             return []
         if self._strategy is None:
-            portion = self.limit if self._stop == "never" else self.settings.tree_initial_rollouts
+            portion = self.settings.tree_initial_rollouts if self._may_stop else self.limit
             return [self._submit(0) for _ in range(min(portion, self.limit - len(self._branches)))]
         for branch in self._pending:
             self._graft_complete_steps(branch, engine)
@@ -250,13 +250,6 @@ class TreeGrower:
             steps = self._choose_steps(scores)
             requests += [self._submit(step) for step in steps for _ in range(self.settings.tree_branches_per_node)]
         return requests
-
-    def _stops(self) -> bool:
-        """Whether the answers so far are all that the tree needs."""
-        if self._stop == "never":
-            return False
-        enough = contrast(self.success) >= self.settings.adaptive_budget
-        return enough or (self._stop == "settled" and all_right(self.success))
 
     def _choose_steps(self, scores: TreeScores) -> list[int]:
         """The steps of one round."""

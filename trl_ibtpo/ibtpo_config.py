@@ -118,12 +118,11 @@ class IBTPOConfig(GRPOConfig):
             Trajectories per question, on average with `adaptive_budget`. Derived: \( G = B_0 + (L - 1) K B \), 12
             with the defaults. A different value is an error.
         adaptive_budget (`int`, *optional*):
-            How many right and how many wrong answers are enough for a question. Questions that have them, or whose
-            answers are all right, stop after any round and give the rest of their \( G \) trajectories to those that
-            lack an outcome; every question keeps its initial rollouts, and a batch as many rows as ever. `1` gives
-            the most questions a signal, larger numbers leave more trajectories to those that have one. With
-            `branching="independent"`, rounds are of `tree_initial_rollouts` completions: dynamic sampling. `None`
-            gives every question \( G \) trajectories.
+            How many right and how many wrong answers are enough for a question. Questions that have them stop after
+            any round and give the rest of their \( G \) trajectories to those that lack an outcome; every question
+            keeps its initial rollouts, and a batch as many rows as ever. `1` gives the most questions a signal, larger
+            numbers leave more trajectories to those that have one. With `branching="independent"`, rounds are of
+            `tree_initial_rollouts` completions: dynamic sampling. `None` gives every question \( G \) trajectories.
 
         > Parameters that choose where to branch
 

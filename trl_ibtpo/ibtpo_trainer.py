@@ -359,8 +359,8 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         trees = args.per_device_train_batch_size * args.steps_per_generation // self.num_generations
         if args.adaptive_budget is not None:
             shape += (
-                f" on average and {args.tree_initial_rollouts} at least, fewer where all are right or "
-                f"{args.adaptive_budget} right and {args.adaptive_budget} wrong, more where an outcome is missing"
+                f", on average: from {args.tree_initial_rollouts} on, a question stops when it has "
+                f"{args.adaptive_budget} right and {args.adaptive_budget} wrong answers and leaves the rest to others"
             )
         engine = f"vLLM, {self.vllm_mode} mode" if self.use_vllm else "transformers (`use_vllm` is off)"
         success = f"'{self.reward_func_names[self._success_index]}'"
