@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl import GRPOTrainer
 
-from .advantages import ADVANTAGES, AdvantageFunction, GradedTree, token_advantages, whiten
+from .advantages import ADVANTAGES, AdvantageFunction, GradedTree, TokenAdvantages, token_advantages, whiten
 from .branching import Strategy, make_strategy, uses_rewards
 from .engines.vllm_cpu import CPUVLLMGeneration, runs_on_cpu
 from .growth import GrownTree
@@ -29,7 +29,8 @@ from .training.group_statistics import group_advantages
 from .training.hooks import check_hooks
 from .training.metrics import TreeMetrics
 from .training.model_card import complete_card, tree_to_show
-from .training.rewards import RewardScorer, describe_scaling
+from .training.rewards import RewardScorer
+from .viewing.recorder import TreeLog
 
 logger = logging.get_logger(__name__)
 
@@ -136,9 +137,12 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         self._splitter = StepSplitter(self._tokenizer, args.step_delimiter)
         self._tree_inputs: list[dict[str, Any]] = []  # dataset rows of the generation batch being made
         self._grown: list[GrownTree] = []
+        self._token_advantages: list[TokenAdvantages] = []
         self._scorer: RewardScorer | None = None
         self._all_rewards: torch.Tensor | None = None  # of all processes
         self._shown_tree: tuple[GrownTree, int] | None = None  # and its training step, for the model card
+        self._tree_log = TreeLog(self, args.log_trees, args.log_trees_count)
+        self.add_callback(self._tree_log)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """As in TRL, except that `resume_from_checkpoint=True` is the last checkpoint that was written to the end."""
@@ -190,8 +194,10 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
                 found = [self._strategy.evidence(grown.tree, grown.scores) for grown in self._grown]
                 self._strategy.learn([each for trees in gather_object(found) for each in trees])
             self._shown_tree = tree_to_show(self._grown), self.state.global_step + 1
+            prompts, batch = [row["prompt"] for row in inputs], self._last_batch[1]
+            self._tree_log.record(self._grown, self._token_advantages, prompts, self._scorer.rewards, batch)
         finally:
-            self._tree_inputs, self._grown, self._scorer = [], [], None
+            self._tree_inputs, self._grown, self._token_advantages, self._scorer = [], [], [], None
         return output
 
     @property
@@ -242,12 +248,8 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         self._log_timeouts(scorer)
         rewards = self.accelerator.gather(torch.tensor(scorer.rewards, device=self.accelerator.device))
         self._all_rewards = rewards
-        if self.model.training and not self._scaling_said:
-            success = rewards[:, self._success_index].cpu().double().numpy()
-            message = describe_scaling(self.reward_func_names[self._success_index], success)
-            self._scaling_said = message is not None
-            if message is not None and self.accelerator.is_main_process:
-                logger.warning(message)
+        if self.model.training:
+            self._say_scaling(rewards[:, self._success_index].cpu().numpy())
         return rewards
 
     def _log_timeouts(self, scorer: RewardScorer) -> None:
@@ -285,6 +287,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             graded = GradedTree(grown.tree, grown.scores, advantage_L, self.args.credit_settings, grown.choices)
             found = token_advantages(graded, self._advantage)
             metrics.add_tree(grown, found)
+            self._token_advantages.append(found)
             values_B += found.advantages
             weights_B += found.weights
         for name, value in metrics.reduce(self.accelerator).items():
