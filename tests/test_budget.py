@@ -1,8 +1,10 @@
 """A budget that goes where it teaches: leaves per question vary, rows per batch do not; statistics are the groups'."""
 
+import json
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -262,6 +264,14 @@ def test_equal_groups_give_trls_own_numbers(model_path, config):
 
 # ----- training ------------------------------------------------------------------------------------------------------
 
+
+def test_one_question_a_process_has_nobody_to_give_to(model_path, config):
+    with pytest.raises(
+        ValueError, match=r"`adaptive_budget` is 1, but each process generates for one .* 40 completio"
+    ):
+        IBTPOTrainer(model_path, tiny.even_length, config(**SMALL, per_device_train_batch_size=5), tiny.questions())
+
+
 SMALL = {"tree_initial_rollouts": 2, "tree_levels": 4, "adaptive_budget": 1, "reproducible_rollouts": True}
 
 
@@ -304,6 +314,7 @@ def test_trains_with_trees_of_any_size(model_path, config, branching, forwards, 
             packed_forward=packed,
             log_completions=True,
             num_completions_to_print=1,
+            log_trees=1,
         )
         runs.append(train(model_path, args))
     assert "from 2 on, a question stops when it has 1 right and 1 wrong answers" in capsys.readouterr().out
@@ -312,6 +323,12 @@ def test_trains_with_trees_of_any_size(model_path, config, branching, forwards, 
     for sizes_of_batch, _ in shared.seen:
         assert sum(sizes_of_batch) == 20 and min(sizes_of_batch) >= 2
     assert any(max(found) > 5 > min(found) for found, _ in shared.seen)
+    for step, (sizes_of_batch, _) in enumerate(shared.seen, 1):
+        lines = Path(shared.args.output_dir, "trees", f"step-{step:06d}.jsonl").read_text().splitlines()
+        recorded = [json.loads(line) for line in lines]
+        assert [len(record["leaves"]) for record in recorded] == sizes_of_batch
+        for record in recorded:
+            assert all(leaf["rewards"] == {"solved_or_hopeless": leaf["success"]} for leaf in record["leaves"])
     for separate in others:
         assert shared.seen == separate.seen
         for one, other in zip(shared.model.parameters(), separate.model.parameters(), strict=True):
