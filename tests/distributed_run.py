@@ -51,7 +51,7 @@ def arguments(output_dir: str, **overrides) -> dict:
 class RecordingTrainer(IBTPOTrainer):
     """Keeps what each tree of this process was."""
 
-    def _step_advantages(self, output):
+    def _set_step_advantages(self, output):
         self.seen.append(
             [
                 {
@@ -62,16 +62,16 @@ class RecordingTrainer(IBTPOTrainer):
                 for grower in self._grown
             ]
         )
-        return super()._step_advantages(output)
+        super()._set_step_advantages(output)
 
 
 class UnevenTrainer(IBTPOTrainer):
     """Keeps what this process makes of trees that differ in size."""
 
-    def _step_advantages(self, output):
+    def _set_step_advantages(self, output):
         advantages = output["advantages"].tolist()
         self.seen.append({"sizes": self._sizes, "rewards": self._scorer.rewards.tolist(), "advantages": advantages})
-        return super()._step_advantages(output)
+        super()._set_step_advantages(output)
 
 
 class KilledTrainer(RecordingTrainer):

@@ -240,7 +240,7 @@ def odd_or_nothing(completions, **kwargs):
 
 def test_equal_groups_give_trls_own_numbers(model_path, config):
     class Compared(IBTPOTrainer):
-        def _step_advantages(self, output):
+        def _set_step_advantages(self, output):
             rewards = self._all_rewards
             options = {
                 "scale_rewards": self.scale_rewards,
@@ -250,7 +250,7 @@ def test_equal_groups_give_trls_own_numbers(model_path, config):
             assert torch.equal(found, output["advantages"]) and found.any()
             assert self._metrics["train"]["frac_reward_zero_std"][-1] == is_zero.float().mean().item()
             compared.append(torch.isnan(rewards).all(1).any().item())
-            return super()._step_advantages(output)
+            super()._set_step_advantages(output)
 
     args = config(tree_levels=1, tree_initial_rollouts=6, per_device_train_batch_size=24, reward_weights=[1.0, 0.5])
     trainer = Compared(model_path, [odd_or_nothing, tiny.has_letter], args, tiny.questions())
@@ -283,7 +283,7 @@ def solved_or_hopeless(completions, letter, **kwargs):
 
 
 class Recorded(IBTPOTrainer):
-    def _step_advantages(self, output):
+    def _set_step_advantages(self, output):
         rewards = self._all_rewards.tolist()
         expected, is_zero = by_definition(rewards, self._sizes, self.reward_weights.tolist())
         np.testing.assert_allclose(output["advantages"].numpy(), expected, atol=1e-5)
@@ -291,7 +291,7 @@ class Recorded(IBTPOTrainer):
         success = [value for grown in self._grown for value in grown.tree.success]
         assert success == [row[0] for row in rewards]  # every row has the reward of its own leaf
         self.seen.append((self._sizes, [grown.tree.leaves for grown in self._grown]))
-        return super()._step_advantages(output)
+        super()._set_step_advantages(output)
 
 
 def train(model_path, args, **options):

@@ -38,6 +38,7 @@ FLOORS = [
         "training/time_limit",
         "training/group_statistics",
         "training/hooks",
+        "training/regularization",
         "prefix_sharing/trie",
         "viewing/lines",
     ],

@@ -241,6 +241,16 @@ ROWS = {
         ValueError,
         "`shared_token_weight` is 'sampled', .* `adaptive_budget` is 1: .* Leave `adaptive_budget` out",
     ),
+    "negative regularization": (
+        {"ib_regularization_coef": -0.1},
+        ValueError,
+        "`ib_regularization_coef` is -0.1; it must be a number of at least 0",
+    ),
+    "a shift of nothing": (
+        {"ib_regularization_shift": 0.5},
+        ValueError,
+        "`ib_regularization_shift` is 0.5, but `ib_regularization_coef` is 0",
+    ),
     "sampled weights and picks by reward": (
         {"shared_token_weight": "sampled", "branching": "ib"},
         ValueError,

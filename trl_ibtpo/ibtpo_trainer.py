@@ -29,13 +29,14 @@ from .training.group_statistics import group_advantages
 from .training.hooks import check_hooks
 from .training.metrics import TreeMetrics
 from .training.model_card import complete_card, tree_to_show
+from .training.regularization import IBRegularization
 from .training.rewards import RewardScorer
 from .viewing.recorder import TreeLog
 
 logger = logging.get_logger(__name__)
 
 
-class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTrainer):
+class IBTPOTrainer(TreeGeneration, IBRegularization, PrefixSharedForward, WholeCheckpoints, GRPOTrainer):
     """
     Trainer for Information Bottleneck Tree-based Policy Optimization (IB-TPO), from the paper [Long Live The Balance:
     Information Bottleneck Driven Tree-based Policy
@@ -186,7 +187,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             output = super()._generate_and_score_completions(inputs)
             if self.args.adaptive_budget is not None:
                 output["advantages"] = self._advantages_in_groups(output["advantages"])
-            output["advantages"] = self._step_advantages(output)
+            self._set_step_advantages(output)
             device = output["advantages"].device
             output["row"] = torch.arange(len(inputs), device=device)
             output["tree"] = torch.arange(len(self._grown)).repeat_interleave(torch.tensor(self._sizes)).to(device)
@@ -277,8 +278,8 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         self._metrics["train"]["frac_reward_zero_std"][-1] = is_std_zero.float().mean().item()
         return found.split(len(advantages))[self.accelerator.process_index].to(advantages)
 
-    def _step_advantages(self, output: dict[str, Any]) -> torch.Tensor:
-        """What replaces GRPO's advantage of each trajectory: those of its steps, weighted; `(B,)` to `(B, T)`."""
+    def _set_step_advantages(self, output: dict[str, Any]) -> None:
+        """Replace GRPO's advantage of each trajectory by those of its steps, weighted: `(B,)` to `(B, T)`."""
         advantages = output["advantages"]
         unscorable = np.isnan(self._scorer.rewards).all(axis=1)
         advantage_B = np.where(unscorable, np.nan, advantages.cpu().double().numpy())
@@ -303,9 +304,11 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         if getattr(self._advantage, "whitened", False):
             mask = output["completion_mask"] * output.get("tool_mask", 1)
             per_token = whiten(per_token, mask.cpu().numpy() > 0, self._sum_over_processes)
-        per_token *= padded(weights_B)
-        self._rewrite_logged_advantages(per_token)
-        return torch.tensor(per_token, dtype=advantages.dtype, device=advantages.device)
+        weighted = per_token * padded(weights_B)
+        self._rewrite_logged_advantages(weighted)
+        output["advantages"] = torch.as_tensor(weighted).to(advantages)
+        if self.args.ib_regularization_coef and self.args.shared_token_weight != "per_trajectory":
+            output["unweighted_advantages"] = torch.as_tensor(per_token).to(advantages)
 
     def _sum_over_processes(self, values: np.ndarray) -> np.ndarray:
         local = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device)
