@@ -2,6 +2,7 @@
 
 tree/effective_rate     share of trees whose leaves differ in success (Eff-Rate)
 tree/average_success    mean success of the trajectories (Avg-Rate)
+tree/initial_success    mean success of the initial rollouts alone, which no choice of a branch biases
 tree/generated_tokens   newly sampled tokens per question, shared prefixes once
 tree/trajectory_tokens  tokens of all trajectories per question, shared prefixes once per trajectory
 tree/leaves_std         standard deviation of the trajectories per question; only with `adaptive_budget`
@@ -28,6 +29,7 @@ from ..values import selection_differences
 MEANS = (
     "tree/effective_rate",
     "tree/average_success",
+    "tree/initial_success",
     "tree/generated_tokens",
     "tree/trajectory_tokens",
     "tree/depth",
@@ -56,6 +58,10 @@ class TreeMetrics:
         self._add("tree/average_success", known)
         if grown.settings.adaptive_budget is not None:
             self._add(LEAVES_STD, [len(tree.leaves)])
+        initial = success[np.array(tree.rounds) == 0]
+        if grown.settings.adaptive_budget is not None:  # independent rollouts that were granted later have round 0 too
+            initial = initial[: grown.settings.tree_initial_rollouts]
+        self._add("tree/initial_success", initial[~np.isnan(initial)])
         self._add("tree/generated_tokens", [tree.generated_tokens])
         self._add("tree/trajectory_tokens", [tree.trajectory_tokens])
         self._add("tree/depth", [len(tree.path(leaf)) for leaf in tree.leaves])
