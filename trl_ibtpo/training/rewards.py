@@ -16,6 +16,7 @@ import textwrap
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -52,6 +53,7 @@ class RewardFunctionError(RuntimeError):
 class _Call:
     """Leaves that are scored together."""
 
+    leaves: list[tuple[int, int]]
     rows: list[int]
     arguments: dict[str, Any]
     pending: dict[concurrent.futures.Future, int] = field(default_factory=dict)  # future to reward function
@@ -64,6 +66,7 @@ class RewardScorer:
     Args:
         inputs: dataset rows, one per leaf: G equal rows per tree, trees in order.
         leaves_per_tree: G.
+        uneven: whether trees differ in size, G on average; then `arrange` puts the leaves into order in the end.
         reward_funcs, reward_names, reward_processing_classes: as in TRL's trainer.
         success: how right a leaf is, out of its rewards.
         decode: completion token ids (one list per leaf) and their rows to completions as TRL passes them on.
@@ -91,6 +94,7 @@ class RewardScorer:
         chat_template_kwargs: dict[str, Any],
         device: torch.device,
         timeout: float | None = None,
+        uneven: bool = False,
     ):
         self.rewards = np.full((len(inputs), len(reward_funcs)), np.nan, dtype=np.float32)
         self.timed_out = np.zeros(self.rewards.shape, dtype=bool)  # not scored within the limit
@@ -100,6 +104,8 @@ class RewardScorer:
         self.metrics: dict[str, list[tuple[float, int]]] = {}  # value and number of leaves of each call
         self._inputs = inputs
         self._leaves_per_tree = leaves_per_tree
+        # Place of each leaf in the lists above, as they came; without `uneven`, trees are in order from the start.
+        self._places: dict[tuple[int, int], int] | None = {} if uneven else None
         self._reward_funcs = reward_funcs
         self._reward_names = reward_names
         self._reward_processing_classes = reward_processing_classes
@@ -113,14 +119,21 @@ class RewardScorer:
         self._calls: list[_Call] = []
 
     def submit(self, leaves: Sequence[tuple[int, int, list[int]]]) -> None:
-        rows = [tree * self._leaves_per_tree + number for tree, number, _ in leaves]
+        # Any of the equal rows of a tree, where it has more leaves than rows.
+        sources = [tree * self._leaves_per_tree + number % self._leaves_per_tree for tree, number, _ in leaves]
+        rows = sources
+        if self._places is not None:
+            rows = [self._places.setdefault((tree, number), len(self._places)) for tree, number, _ in leaves]
         completion_ids = [ids for _, _, ids in leaves]
-        completions = self._decode(completion_ids, rows)
-        inputs = [self._inputs[row] for row in rows]
+        completions = self._decode(completion_ids, sources)
+        inputs = [self._inputs[source] for source in sources]
+        if self._places is not None:
+            inputs = deepcopy(inputs)  # functions may edit them, and another leaf may need them
         for row, completion in zip(rows, completions, strict=True):
             self.completions[row], self.decoded[row] = completion, repr(completion)
         columns = [key for key in inputs[0] if key not in ("prompt", "completion", "completion_ids")]
         call = _Call(
+            leaves=[(tree, number) for tree, number, _ in leaves],
             rows=rows,
             arguments={
                 **{key: [row[key] for row in inputs] for key in columns},
@@ -159,7 +172,19 @@ class RewardScorer:
             self._wait(futures)
         rows = [row for call in complete for row in call.rows]
         values = self._success.values(self.rewards[rows]).tolist()
-        return [(*divmod(row, self._leaves_per_tree), value) for row, value in zip(rows, values, strict=True)]
+        leaves = [leaf for call in complete for leaf in call.leaves]
+        return [(*leaf, value) for leaf, value in zip(leaves, values, strict=True)]
+
+    def arrange(self, sizes: Sequence[int]) -> None:
+        """Put all leaves into the order of trees, and those of a tree into their own, now that sizes are known."""
+        if self._places is None:
+            return
+        leaves = [(tree, number) for tree, size in enumerate(sizes) for number in range(size)]
+        order = [self._places[leaf] for leaf in leaves]
+        self.rewards, self.timed_out = self.rewards[order], self.timed_out[order]
+        self.completions, self.decoded = ([each[row] for row in order] for each in (self.completions, self.decoded))
+        self.extra_columns = {name: [cells[row] for row in order] for name, cells in self.extra_columns.items()}
+        self._inputs = [self._inputs[tree * self._leaves_per_tree] for tree, _ in leaves]
 
     def warn_of_timeouts(self) -> None:
         """Name each function that left completions unscored because of its time limit."""
