@@ -19,7 +19,7 @@ def test_ruff(command):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("module", ["steps", "tree", "scores", "branching", "advantages", "growth"])
+@pytest.mark.parametrize("module", ["steps", "tree", "scores", "branching", "advantages", "growth", "segments"])
 def test_pure_floors_load_neither_torch_nor_trl(module):
     code = f"import sys, trl_ibtpo.{module}; print([m for m in ('torch', 'trl', 'transformers') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -38,6 +38,7 @@ FLOORS = [
     ],
     ["branching", "advantages", "prefix_sharing/trainer_mixin"],
     ["growth"],
+    ["segments"],
     ["viewing/drawing"],
     ["viewing/text"],
     ["engines/transformers", "engines/vllm", "engines/vllm_server", "engines/vllm_cpu", "ibtpo_config"],

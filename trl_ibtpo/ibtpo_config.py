@@ -25,6 +25,12 @@ def _is_positive(value: Any) -> bool:
     return _is_number(value) and value > 0
 
 
+def _are_texts(value: Any) -> bool:
+    return (
+        isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(each, str) and each for each in value)
+    )
+
+
 def _is_range(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_number, value)) and value[0] < value[1]
 
@@ -67,8 +73,20 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     (
         "step_delimiter",
-        lambda value: isinstance(value, str) and value != "",
-        "the text that ends a step, for example '\\n\\n'",
+        lambda value: _are_texts([value] if isinstance(value, str) else value),
+        "the text that ends a step, for example '\\n\\n', or a list of such texts",
+    ),
+    ("step_min_tokens", _is_whole, "a whole number of at least 1"),
+    (
+        "step_max_tokens",
+        lambda value: value is None or _is_whole(value),
+        "a whole number of at least 1, or None for no limit",
+    ),
+    ("step_noise", lambda value: _is_number(value) and 0 <= value <= 1, "a share between 0 and 1"),
+    (
+        "answer_marker",
+        lambda value: value is None or _are_texts(value),
+        "a list of texts that begin an answer, for example ['answer', 'conclusion'], or None",
     ),
 )
 
@@ -95,15 +113,18 @@ class IBTPOConfig(GRPOConfig):
         tree_branches_per_node (`int`, *optional*, defaults to `1`):
             Rollouts that continue each chosen step. The paper's \( B \).
         num_generations (`int`, *optional*):
-            Trajectories per question. Derived: \( G = B_0 + (L - 1) K B \), 12 with the defaults. A different value
-            is an error.
+            Trajectories per question. Derived: \( G = B_0 + (L - 1) K B \), 12 with the defaults; with
+            `branching="surprisal"`, where every initial rollout has rounds of its own, \( B_0 (1 + (L - 1) K B) \). A
+            different value is an error.
 
         > Parameters that choose where to branch
 
         branching (`str`, *optional*, defaults to `"ib"`):
             Which steps to branch: `"ib"` (highest IB-Score), `"confidence"` (lowest confidence first, needs no
-            reward), `"random"`, or `"independent"` (no tree: all rollouts start at the question). A function of your
-            own goes to the trainer: `IBTPOTrainer(..., branching=function)`, see docs/methods.md.
+            reward), `"random"`, `"surprisal"` (TreeRL: the most surprising tokens are sampled again), `"segments"`
+            (TreePO: paths are split after every step), `"pivot"` (DEEP-GRPO: failed rollouts, where they can be
+            saved), or `"independent"` (no tree: all rollouts start at the question). docs/methods.md has the rule of
+            each, and how to give the trainer a function of your own.
         allow_root_branching (`bool`, *optional*, defaults to `False`):
             Whether a round may choose the question itself. Where no other step can be branched, it is chosen anyway.
         allow_repeated_branching (`bool`, *optional*, defaults to `True`):
@@ -120,8 +141,19 @@ class IBTPOConfig(GRPOConfig):
         ib_beta (`float`, *optional*, defaults to `5.0`):
             Weight of the information about the answer in the IB-Score. The paper's \( \beta \); `beta` remains the
             KL coefficient.
-        step_delimiter (`str`, *optional*, defaults to `"\n\n"`):
-            Text that ends a step.
+        answer_marker (`list[str]`, *optional*):
+            Texts that begin an answer, for example `["answer", "conclusion"]` (TreeRL): nothing is branched after the
+            first of them in a completion.
+        step_delimiter (`str` or `list[str]`, *optional*, defaults to `"\n\n"`):
+            Text that ends a step, or several of which each does.
+        step_min_tokens (`int`, *optional*, defaults to `1`):
+            Tokens that a step has at least: a delimiter before that does not end it.
+        step_max_tokens (`int`, *optional*):
+            Tokens after which a step ends without a delimiter. With the same number as `step_min_tokens`, steps have
+            that length whatever the text.
+        step_noise (`float`, *optional*, defaults to `0.0`):
+            Share of step ends that are moved back in the text at random, by at most the length of the step. To see how
+            much depends on where steps end; the paper reports that 0.1 changes nothing.
         step_confidence (`str`, *optional*, defaults to `"geometric_mean"`):
             Probability of a step under the sampling policy, \( \pi(s) \): `"geometric_mean"` per token or `"joint"`.
         success_reward (`str`, *optional*):
@@ -284,9 +316,27 @@ class IBTPOConfig(GRPOConfig):
         default=5.0,
         metadata={"help": "Weight of the information about the answer in the IB-Score. The paper's beta."},
     )
-    step_delimiter: str = field(
-        default="\n\n",
-        metadata={"help": "Text that ends a step."},
+    answer_marker: list[str] | None = field(
+        default=None,
+        metadata={"help": "Texts that begin an answer: nothing is branched after the first of them in a completion."},
+    )
+    step_delimiter: list[str] = field(
+        default="\n\n",  # one text as it is; a list so that several can be given on the command line
+        metadata={"help": "Text that ends a step, or several of which each does."},
+    )
+    step_min_tokens: int = field(
+        default=1,
+        metadata={"help": "Tokens that a step has at least: a delimiter before that does not end it."},
+    )
+    step_max_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Tokens after which a step ends without a delimiter. If `None`, there is no limit."},
+    )
+    step_noise: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of step ends that are moved back in the text at random, by at most the length of the step."
+        },
     )
     step_confidence: str = field(
         default="geometric_mean",
@@ -349,11 +399,19 @@ class IBTPOConfig(GRPOConfig):
         self._check_credit()
         group = self.growth_settings.leaves
         if self.num_generations not in (None, group):
+            per_tree = self.growth_settings.groups == 1
+            terms = (
+                "tree_initial_rollouts + (tree_levels - 1) * tree_nodes_per_level * tree_branches_per_node"
+                if per_tree
+                else "tree_initial_rollouts * (1 + (tree_levels - 1) * tree_nodes_per_level * tree_branches_per_node)"
+            )
+            names = ("tree_initial_rollouts", "tree_levels", "tree_nodes_per_level", "tree_branches_per_node")
+            values = terms
+            for name in names:
+                values = values.replace(name, str(getattr(self, name)))
             raise ValueError(
-                f"`num_generations` is {self.num_generations!r}, but the tree has {group} trajectories: "
-                f"tree_initial_rollouts + (tree_levels - 1) * tree_nodes_per_level * tree_branches_per_node = "
-                f"{self.tree_initial_rollouts} + ({self.tree_levels} - 1) * {self.tree_nodes_per_level} * "
-                f"{self.tree_branches_per_node} = {group}. Leave `num_generations` out, or change the tree."
+                f"`num_generations` is {self.num_generations!r}, but the tree has {group} trajectories: {terms} = "
+                f"{values} = {group}. Leave `num_generations` out, or change the tree."
             )
         self.num_generations = group
         if self.per_device_train_batch_size is None:
@@ -399,6 +457,18 @@ class IBTPOConfig(GRPOConfig):
             )
         if self.success_range is not None:
             self.success_range = tuple(self.success_range)
+        if self.step_max_tokens is not None and self.step_max_tokens < self.step_min_tokens:
+            raise ValueError(
+                f"`step_max_tokens` is {self.step_max_tokens}, but `step_min_tokens` is {self.step_min_tokens}. "
+                "Give a maximum that is at least the minimum."
+            )
+        if self.branching == "segments":
+            for name, unused in (("branch_lookahead", 0), ("answer_marker", None)):
+                if getattr(self, name) != unused:
+                    raise ValueError(
+                        f"`{name}` is {getattr(self, name)!r}, which has no meaning with `branching='segments'`: all "
+                        "paths are split after every step, without rounds. Leave it out."
+                    )
 
     def _check_credit(self) -> None:
         """Combinations that would train on something else than they say."""

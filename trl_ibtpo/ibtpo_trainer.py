@@ -126,7 +126,9 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         # Whether it was said how success is made of rewards outside [0, 1], or there is nothing to say.
         steers = args.success_steers or (branching is not None and uses_rewards(branching))
         self._scaling_said = args.success_range is not None or not steers
-        self._splitter = StepSplitter(self._tokenizer, args.step_delimiter)
+        self._splitter = StepSplitter(
+            self._tokenizer, args.step_delimiter, args.step_min_tokens, args.step_max_tokens, args.step_noise
+        )
         self._tree_inputs: list[dict[str, Any]] = []  # dataset rows of the generation batch being made
         self._grown: list[GrownTree] = []
         self._scorer: RewardScorer | None = None

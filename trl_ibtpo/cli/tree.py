@@ -37,7 +37,9 @@ def make_parser() -> Parser:
     for field in dataclasses.fields(IBTPOConfig):
         if field.name in CONFIG_FIELDS:
             is_switch = isinstance(field.default, bool)
-            kind = {"action": argparse.BooleanOptionalAction} if is_switch else {"type": type(field.default)}
+            kind = {"type": type(field.default)} if field.default is not None else {"nargs": "+", "type": str}
+            if is_switch:
+                kind = {"action": argparse.BooleanOptionalAction}
             parser.option(field.name, **kind, default=field.default, **field.metadata)
     return parser
 

@@ -19,6 +19,7 @@ from ..engines.transformers import TransformersEngine, unsharded
 from ..engines.vllm import VLLMEngine
 from ..engines.vllm_server import VLLMServerEngine
 from ..growth import GrownTree, TreeGrower, drive
+from ..segments import make_grower
 from . import checks
 from .rewards import RewardScorer
 
@@ -95,7 +96,7 @@ class TreeGeneration:
             share = batch * self.accelerator.num_processes + self.accelerator.process_index
             prompt_index = share * len(prompt_ids) // group + len(growers)
             growers.append(
-                TreeGrower(
+                make_grower(
                     rows[0],
                     replace(settings, max_completion_length=budget),
                     self._splitter,
