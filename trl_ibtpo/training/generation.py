@@ -14,6 +14,7 @@ from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import unwrap_model_for_generation
 
+from ..branching import uses_rewards
 from ..engines.base import RolloutEngine
 from ..engines.transformers import TransformersEngine, unsharded
 from ..engines.vllm import VLLMEngine
@@ -206,6 +207,7 @@ class TreeGeneration:
             chat_template_kwargs=self.chat_template_kwargs,
             device=self.accelerator.device,
             timeout=self.args.reward_timeout,
+            postpone=not uses_rewards(self._strategy),
         )
 
 
