@@ -19,7 +19,9 @@ def test_ruff(command):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("module", ["steps", "tree", "scores", "branching", "advantages", "growth", "segments"])
+@pytest.mark.parametrize(
+    "module", ["steps", "tree", "scores", "values", "weights", "branching", "advantages", "growth", "segments"]
+)
 def test_pure_floors_load_neither_torch_nor_trl(module):
     code = f"import sys, trl_ibtpo.{module}; print([m for m in ('torch', 'trl', 'transformers') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -31,6 +33,8 @@ FLOORS = [
     ["steps", "tree", "engines/base", "training/time_limit", "training/hooks", "prefix_sharing/trie", "viewing/lines"],
     [
         "scores",
+        "values",
+        "weights",
         "prefix_sharing/attention",
         "prefix_sharing/comparison",
         "evaluation/estimates",

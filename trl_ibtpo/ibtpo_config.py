@@ -8,9 +8,11 @@ from typing import Any, get_args
 
 from trl import GRPOConfig
 
-from .advantages import ADVANTAGES, SharedTokenWeight
+from .advantages import ADVANTAGES, BY_VALUE, CreditSettings
 from .branching import STRATEGIES, uses_rewards
 from .growth import GrowthSettings
+from .values import VALUES
+from .weights import SharedTokenWeight
 
 
 def _is_whole(value: Any, least: int = 1) -> bool:
@@ -61,6 +63,11 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("ib_beta", _is_positive, "positive (the paper uses 5)"),
     ("ib_coef", _is_number, "a number (the paper uses 0.1)"),
     (
+        "sibling_kappa",
+        lambda value: isinstance(value, Real) and not isinstance(value, bool) and value >= 0,
+        "a number of leaves from 0 (only the nearest siblings count), or infinite (all other leaves of the question)",
+    ),
+    (
         "success_range",
         lambda value: value is None or _is_range(value),
         "the lowest and the highest value of the reward that says whether a completion is right, two finite numbers, "
@@ -88,6 +95,13 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda value: value is None or _are_texts(value),
         "a list of texts that begin an answer, for example ['answer', 'conclusion'], or None",
     ),
+)
+
+SAMPLED_BY_REWARD = (
+    "`shared_token_weight` is 'sampled', which takes the children of a step for equal samples of the policy, but "
+    "`branching` is {!r}, which looks at rewards: a step that is branched because its first answers were right has "
+    "children whose answers are right more often than the policy's. Use `branching='confidence'` or 'random', or "
+    "`shared_token_weight='once'`."
 )
 
 
@@ -173,9 +187,19 @@ class IBTPOConfig(GRPOConfig):
         > Parameters that turn the tree into advantages
 
         advantage (`str`, *optional*, defaults to `"ibtpo"`):
-            Advantage of each step: `"ibtpo"` (global plus local term) or `"grpo"` (that of the trajectory).
+            Advantage of each step: `"ibtpo"` (global plus local term), `"grpo"` (that of the trajectory), `"treerl"`,
+            `"treepo"`, `"treepo_size_weighted"`, `"tree_grpo"`, `"segment_value"` (SPO) or `"sibling"` (against other
+            leaves, the nearer ones counting more). docs/methods.md has the formulas.
         ib_coef (`float`, *optional*, defaults to `0.1`):
-            Weight of the local term \( A_{IB} \). The paper's \( \lambda \).
+            Weight of the local term \( A_{IB} \) of `"ibtpo"`. The paper's \( \lambda \).
+        sibling_kappa (`float`, *optional*, defaults to `16.0`):
+            How many leaves the leaves further up the tree are worth in the baseline of `"sibling"`: 0 compares a step
+            with its nearest siblings alone, infinity with all other leaves of the question.
+        value_estimate (`str`, *optional*, defaults to `"leaf_mean"`):
+            Value of a step in `"ibtpo"`'s global term, `"treerl"`, `"segment_value"` and `"sibling"`: `"leaf_mean"`
+            over the leaves under it, or `"backup"`, the mean of its children's values, each child one sample.
+        selection_correction (`bool`, *optional*, defaults to `False`):
+            Whether to take off the value of a branched step what it is expected to owe to being chosen.
         shared_token_weight (`str`, *optional*, defaults to `"per_trajectory"`):
             Weight of a token that several trajectories share in the policy loss: `"per_trajectory"` counts it once
             for each of them, `"once"` once in all, and `"sampled"` as the sample of the policy that it is: the
@@ -374,7 +398,27 @@ class IBTPOConfig(GRPOConfig):
     )
     ib_coef: float = field(
         default=0.1,
-        metadata={"help": "Weight of the local term of the advantage. The paper's lambda."},
+        metadata={"help": "Weight of the local term of the advantage 'ibtpo'. The paper's lambda."},
+    )
+    sibling_kappa: float = field(
+        default=16.0,
+        metadata={
+            "help": "How many leaves the leaves further up the tree are worth in the baseline of 'sibling': 0 "
+            "compares with the nearest siblings alone, infinity with all other leaves of the question."
+        },
+    )
+    value_estimate: str = field(
+        default="leaf_mean",
+        metadata={
+            "help": "Value of a step: the mean over the leaves under it, or the mean of its children's values.",
+            "choices": list(VALUES),
+        },
+    )
+    selection_correction: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to take off the value of a branched step what it is expected to owe to being chosen."
+        },
     )
     shared_token_weight: str = field(
         default="per_trajectory",
@@ -427,6 +471,11 @@ class IBTPOConfig(GRPOConfig):
         return GrowthSettings(**{each.name: getattr(self, each.name) for each in fields(GrowthSettings)})
 
     @property
+    def credit_settings(self) -> CreditSettings:
+        """What the advantages of a tree depend on."""
+        return CreditSettings(**{each.name: getattr(self, each.name) for each in fields(CreditSettings)})
+
+    @property
     def branches(self) -> bool:
         """Whether any rollout continues another one."""
         return self.branching != "independent" and self.tree_levels > 1
@@ -473,11 +522,26 @@ class IBTPOConfig(GRPOConfig):
     def _check_credit(self) -> None:
         """Combinations that would train on something else than they say."""
         if self.shared_token_weight == "sampled" and self.branches_by_reward:
+            raise ValueError(SAMPLED_BY_REWARD.format(self.branching))
+        if self.shared_token_weight != "per_trajectory" and self.advantage == "treerl":
             raise ValueError(
-                f"`shared_token_weight` is 'sampled', which takes the children of a step for equal samples of the "
-                f"policy, but `branching` is {self.branching!r}, which looks at rewards: a step that is branched "
-                "because its first answers were right has children whose answers are right more often than the "
-                "policy's. Use `branching='confidence'` or 'random', or `shared_token_weight='once'`."
+                f"`shared_token_weight` is {self.shared_token_weight!r}, but `advantage='treerl'` weighs shared "
+                "tokens itself, by the square root of their number of leaves. Use 'per_trajectory'."
+            )
+        if self.advantage == "segment_value" and not self.branches:
+            raise ValueError(
+                "`advantage` is 'segment_value', the gain of a step over its parent, but no rollout continues another "
+                "one: every step after the first would get 0. Use `advantage='grpo'`, or branch."
+            )
+        for name, plain in (("value_estimate", "leaf_mean"), ("selection_correction", False)):
+            if getattr(self, name) != plain and self.advantage not in BY_VALUE:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r}, but `advantage={self.advantage!r}` is not made of the "
+                    f"values of steps. Use {plain!r}, or one of these advantages: {', '.join(BY_VALUE)}."
+                )
+        if self.selection_correction and not self.branches:
+            raise ValueError(
+                "`selection_correction` is True, but no step is chosen: no rollout continues another one."
             )
 
     def _check_whole_trees(self) -> None:

@@ -286,15 +286,16 @@ class RolloutTree:
         """
         values_L = np.asarray(values_L, dtype=np.float64)
         known_L = ~np.isnan(values_L)
-        totals = self._sum_over_leaves(np.where(known_L, values_L, 0.0))
-        counts = self._sum_over_leaves(known_L.astype(np.float64))
+        totals = self.sum_over_leaves(np.where(known_L, values_L, 0.0))
+        counts = self.sum_over_leaves(known_L.astype(np.float64))
         return np.divide(totals, counts, out=np.full(len(self), np.nan), where=counts > 0)
 
     def leaf_count(self) -> np.ndarray:
         """Number of leaves under every step, itself included; `(N,)`."""
-        return self._sum_over_leaves(np.ones(len(self.leaves)))
+        return self.sum_over_leaves(np.ones(len(self.leaves)))
 
-    def _sum_over_leaves(self, values_L: np.ndarray) -> np.ndarray:
+    def sum_over_leaves(self, values_L: np.ndarray) -> np.ndarray:
+        """Sum of a leaf value over the leaves under every step; `(L,)` to `(N,)`."""
         sums = np.zeros(len(self))
         np.add.at(sums, self.leaves, values_L)
         sums = sums.tolist()
