@@ -275,7 +275,7 @@ class TreeGrower:
             eligible_M &= group_N[step_M] == group
         eligible = int(eligible_M.sum())
         if not eligible:
-            self._choices.append(Choice(len(self._choices) + 1, [0], [0], [math.nan], [], 0))
+            self._choices.append(Choice(self._round(group), [0], [0], [math.nan], [], 0))
             return [0] * self.settings.tree_nodes_per_level
         tokens = select_steps(priority_M, eligible_M, self.settings.tree_nodes_per_level)
         # From the last to the first, so that places before a split stay what they are.
@@ -290,7 +290,7 @@ class TreeGrower:
                 forks[token] = int(scores.parents[step])
         steps = [forks[token] for token in tokens]
         self._branched.update(steps)
-        self._choices.append(Choice(len(self._choices) + 1, steps, steps, priority_M[tokens].tolist(), [], eligible))
+        self._choices.append(Choice(self._round(group), steps, steps, priority_M[tokens].tolist(), [], eligible))
         return steps
 
     def _split(self, step: int, tokens: int) -> int:
