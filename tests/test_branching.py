@@ -2,6 +2,7 @@
 learns, whose knowledge is saved with checkpoints."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -368,3 +369,17 @@ def test_what_a_strategy_has_learned_is_saved_and_read_again(model_path, config)
     assert json.loads(state) == {"seen": 8}
     run(3, learner := Learner(), resume_from_checkpoint=True)
     assert learner.seen == 3 * 4
+
+
+# ----- the settings of their authors, as docs/methods.md has them ----------------------------------------------------
+
+RECIPES = re.findall(
+    r"^\| ([\w-]+) \| `(\{.*?\})`", (Path(__file__).parent.parent / "docs/methods.md").read_text(), flags=re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("method, fields", RECIPES, ids=dict(RECIPES))
+def test_a_recipe_is_a_configuration(config, method, fields):
+    assert len(RECIPES) >= 6
+    args = config(**json.loads(fields))
+    assert args.num_generations == {"TreeRL": 30, "TreePO": 16, "DEEP-GRPO": 16, "GRPO": 8}.get(method, 12)
