@@ -50,6 +50,8 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "a whole number of at least 1, or None for one tree",
     ),
     ("branch_lookahead", lambda value: _is_whole(value, 0), "a whole number from 0 (the paper)"),
+    ("log_trees", lambda value: _is_whole(value, 0), "a whole number of training steps, or 0 to record no trees"),
+    ("log_trees_count", _is_whole, "a whole number of at least 1"),
     (
         "max_completion_length",
         _is_whole,
@@ -215,6 +217,14 @@ class IBTPOConfig(GRPOConfig):
             `"eager"` or `"flex_attention"`, and the same log-probabilities as TRL's forward on a small batch that is
             compared before the first step. `True` makes it an error where it is not. Trees then stay together in a
             micro-batch, so `per_device_train_batch_size` is best a multiple of `num_generations`.
+
+        > Parameters that control what is recorded
+
+        log_trees (`int`, *optional*, defaults to `0`):
+            Record trees in `output_dir/trees/` in the first training step and in every so many, to be looked at with
+            `trl-ibtpo view`. `0` records none.
+        log_trees_count (`int`, *optional*, defaults to `4`):
+            How many trees of such a step are recorded: the first ones of the main process.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
@@ -436,6 +446,19 @@ class IBTPOConfig(GRPOConfig):
             "help": "Whether to compute each token that rows of a micro-batch share only once. If `None`, where it is "
             "exact; if `True`, it is an error where it is not."
         },
+    )
+
+    # Parameters that control what is recorded
+    log_trees: int = field(
+        default=0,
+        metadata={
+            "help": "Record trees in `output_dir/trees/` in the first training step and in every so many, to look at "
+            "with `trl-ibtpo view`. 0 records none."
+        },
+    )
+    log_trees_count: int = field(
+        default=4,
+        metadata={"help": "How many trees of such a step are recorded: the first ones of the main process."},
     )
 
     def __post_init__(self):

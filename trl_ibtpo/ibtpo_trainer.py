@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl import GRPOTrainer
 
-from .advantages import ADVANTAGES, AdvantageFunction, GradedTree, token_advantages, whiten
+from .advantages import ADVANTAGES, AdvantageFunction, GradedTree, TokenAdvantages, token_advantages, whiten
 from .branching import Strategy, make_strategy, uses_rewards
 from .engines.vllm_cpu import CPUVLLMGeneration, runs_on_cpu
 from .growth import GrownTree
@@ -29,6 +29,7 @@ from .training.hooks import check_hooks
 from .training.metrics import TreeMetrics
 from .training.model_card import complete_card, tree_to_show
 from .training.rewards import RewardScorer, describe_scaling
+from .viewing.recorder import TreeLog
 
 logger = logging.get_logger(__name__)
 
@@ -137,8 +138,11 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         )
         self._tree_inputs: list[dict[str, Any]] = []  # dataset rows of the generation batch being made
         self._grown: list[GrownTree] = []
+        self._token_advantages: list[TokenAdvantages] = []
         self._scorer: RewardScorer | None = None
         self._shown_tree: tuple[GrownTree, int] | None = None  # and its training step, for the model card
+        self._tree_log = TreeLog(self, args.log_trees, args.log_trees_count)
+        self.add_callback(self._tree_log)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """As in TRL, except that `resume_from_checkpoint=True` is the last checkpoint that was written to the end."""
@@ -184,8 +188,10 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
                 found = [self._strategy.evidence(grown.tree, grown.scores) for grown in self._grown]
                 self._strategy.learn([each for trees in gather_object(found) for each in trees])
             self._shown_tree = tree_to_show(self._grown), self.state.global_step + 1
+            prompts, batch = [row["prompt"] for row in inputs], self._last_batch[1]
+            self._tree_log.record(self._grown, self._token_advantages, prompts, self._scorer.rewards, batch)
         finally:
-            self._tree_inputs, self._grown, self._scorer = [], [], None
+            self._tree_inputs, self._grown, self._token_advantages, self._scorer = [], [], [], None
         return output
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
@@ -251,6 +257,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             graded = GradedTree(grown.tree, grown.scores, advantage_L, self.args.credit_settings, grown.choices)
             found = token_advantages(graded, self._advantage)
             metrics.add_tree(grown, found)
+            self._token_advantages.append(found)
             values_B += found.advantages
             weights_B += found.weights
         for name, value in metrics.reduce(self.accelerator).items():
