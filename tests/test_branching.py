@@ -14,7 +14,7 @@ from test_growth import Splitter
 from test_scores import NAN, build, trees
 
 from trl_ibtpo import IBTPOTrainer
-from trl_ibtpo.branching import Pivot, make_strategy, segments
+from trl_ibtpo.branching import Pivot, contrast, make_strategy, segments, shrunken_density
 from trl_ibtpo.engines.base import Rollout
 from trl_ibtpo.growth import GrowthSettings, TreeGrower
 from trl_ibtpo.scores import score_tree
@@ -278,6 +278,29 @@ def test_pivot_learns_from_its_branches_alone():
     pivot.learn([[0.5, 1.0]] * 20_000)
     assert len(pivot.seen) == Pivot.window
     assert make_strategy("pivot").seen == []  # each trainer has one of its own
+
+
+# ----- contrast ------------------------------------------------------------------------------------------------------
+
+
+def test_contrast_by_hand():
+    # 0 +- 1 +- 2 -- 3     leaf 0: right       steps of one token; confidence .5, that of step 4 and 6 .8
+    #   |    +- 6          leaf 2: wrong
+    #   +- 4 -- 5          leaf 1: wrong
+    tree = build([(0, [0.5, 0.5, 0.5]), (0, [0.8, 0.5]), (1, [0.8])], [1.0, 0.0, 0.0])
+    # V, prior of 4:  0: (1 + 1) / (3 + 2) = .4;     1: (1 + 4 * .4) / (2 + 4) = 13/30;  4: (0 + 4 * .4) / 5 = .32
+    #   2: (1 + 4 * 13/30) / 5 = 41/75;  6: (0 + 4 * 13/30) / 5;  5: (0 + 4 * .32) / 5
+    value = [2 / 5, 13 / 30, 41 / 75, 239 / 375, 0.32, 0.256, 26 / 75]
+    np.testing.assert_allclose(shrunken_density(tree), value)
+    #   0: leaf 0 owns it, 1 - V = .6; children .5 and .8, mean .65; leaves end after 3, 2 and 2 tokens
+    #   1: leaf 0, 1 - V = 17/30; .65; (2 + 1) / 2 more tokens   2: leaf 0, 1 - V = 34/75; .5; 1   4: leaf 1, V; .5; 1
+    expected = [0.6 * 0.35 / (7 / 3), 17 / 30 * 0.35 / 1.5, 34 / 75 * 0.5, NAN, 0.32 * 0.5, NAN, NAN]
+    scores = score_tree(tree, beta=5.0)
+    np.testing.assert_allclose(contrast(tree, scores, np.random.default_rng(0)), expected)
+    # Nothing known: V is 1/2 everywhere, and so is the chance of another outcome.
+    tree = build([(0, [0.5, 0.5, 0.5])])
+    found = contrast(tree, score_tree(tree, beta=5.0), np.random.default_rng(0))
+    np.testing.assert_allclose(found, [0.5 * 0.5 / 3, 0.5 * 0.5 / 2, 0.5 * 0.5, NAN])
 
 
 # ----- in training ---------------------------------------------------------------------------------------------------

@@ -114,6 +114,43 @@ def segments(active: int, finished: int, just_finished: int, width: int, diverge
     return max(active, min(max(width - finished, 0), divergence * (just_finished + active)))
 
 
+def contrast(tree: RolloutTree, scores: TreeScores, rng: np.random.Generator) -> np.ndarray:
+    """Where another answer is likeliest to come out for what it costs; ours, after TRACE (arXiv 2606.11119).
+
+        [r (1 - V) + (1 - r) V] * (1 - mean confidence) / new tokens
+
+    `r` is the outcome of the rollout that owns the step, the first one through it, and `V` its shrunken density, see
+    `shrunken_density`: so the bracket is the chance that the next rollout from here ends otherwise. The children's
+    confidence says how open the step is, and what is left of the rollouts through it how many tokens a branch costs.
+    A rollout without an outcome so far has `r = V`. docs/method.md derives it and says what was tried.
+    """
+    owner_N = np.zeros(len(tree), dtype=int)
+    for leaf in reversed(range(len(tree.leaves))):
+        owner_N[[0, *tree.path(tree.leaves[leaf])]] = leaf
+    value_N, outcome_N = shrunken_density(tree), np.array(tree.success)[owner_N]
+    outcome_N = np.where(np.isnan(outcome_N), value_N, outcome_N)
+    otherwise_N = outcome_N * (1 - value_N) + (1 - outcome_N) * value_N
+    tokens_N = tree.leaf_mean(tree.ends()[tree.leaves]) - tree.ends()
+    return otherwise_N * (1 - scores.mean_confidence) / np.maximum(tokens_N, 1)
+
+
+def shrunken_density(tree: RolloutTree, prior: float = 4.0) -> np.ndarray:
+    """`V`: chance of success from every step, `(N,)`, in (0, 1).
+
+    The mean of a Beta posterior whose data are the leaves under the step and whose prior has the mean of the parent's
+    posterior and counts as `prior` leaves; at the question it is uniform.
+
+        V(question) = (S + 1) / (n + 2)        V(step) = (S(step) + prior * V(parent)) / (n(step) + prior)
+    """
+    count_N = tree.known_leaves()
+    success_N = np.where(count_N > 0, np.nan_to_num(tree.density()) * count_N, 0.0)
+    value_N, parents = np.empty(len(tree)), tree.parents().tolist()
+    value_N[0] = (success_N[0] + 1) / (count_N[0] + 2)
+    for step in range(1, len(tree)):
+        value_N[step] = (success_N[step] + prior * value_N[parents[step]]) / (count_N[step] + prior)
+    return value_N
+
+
 class Pivot:
     """DEEP-GRPO (arXiv 2602.14169): failed rollouts are continued from where they can probably still be saved.
 
@@ -195,6 +232,7 @@ STRATEGIES: dict[str, Strategy | type | None] = {
     "surprisal": surprisal,
     "segments": segments,
     "pivot": Pivot,
+    "contrast": contrast,
     "independent": None,
 }
 

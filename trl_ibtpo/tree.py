@@ -271,6 +271,10 @@ class RolloutTree:
         counts = np.array(self._success_counts)
         return np.divide(np.array(self._success_sums), counts, out=np.full(len(counts), np.nan), where=counts > 0)
 
+    def known_leaves(self) -> np.ndarray:
+        """Number of leaves under every step whose success is known, `(N,)`."""
+        return np.array(self._success_counts)
+
     def mean_logprobs(self) -> np.ndarray:
         """Mean sampling log-probability of the tokens of every step, `(N,)`; 0 where none is known."""
         return self.total_logprobs() / np.maximum(np.array(self._logprob_counts), 1)
