@@ -2,9 +2,12 @@
 
     python -m benchmarks.viewer            # 1,000 trees of 12 trajectories, about 50 MB of records, and 10,000
     python -m benchmarks.viewer --quick
+    python -m benchmarks.viewer --recording    # what recording costs alone
 
 Each row is one page. `open_seconds` is from asking the browser for the file to the first tree drawn; `tree_ms` from a
-key press to the next tree drawn, the median and the slowest of many. The page is the same for every repeat.
+key press to the next tree drawn, the median and the slowest of many. The page is the same for every repeat. The last
+table says what recording costs: the processor time of writing the trees of a step of the quickstart, as a share of
+that of the step.
 """
 
 import random
@@ -16,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.common import FixedSteps, parser, report
+from benchmarks import common
 from trl_ibtpo.advantages import GradedTree, token_advantages
 from trl_ibtpo.engines.base import Rollout
 from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive
@@ -87,7 +90,7 @@ def decode(token_ids: Sequence[int]) -> str:
 def sample_record(seed: int, *, levels: int = 9, tokens: int = 320, step_tokens: int = 24, **fields) -> dict:
     """A tree as training records it, of words without sense."""
     settings = GrowthSettings(tree_levels=levels, max_completion_length=4 * tokens)
-    grower = TreeGrower([1], settings, FixedSteps(step_tokens), seed=(seed,))
+    grower = TreeGrower([1], settings, common.FixedSteps(step_tokens), seed=(seed,))
     drive([grower], InstantEngine(tokens, seed), Scorer(seed))
     grown = grower.grown()
     success = np.array(grown.tree.success)
@@ -148,11 +151,58 @@ def measure(page, path: Path, moves: int) -> tuple[float, list[float]]:
     return opened, milliseconds
 
 
+def recording(steps: int, warm_steps: int) -> dict:
+    """Processor time of recording 4 trees in every step of the quickstart, and of those steps."""
+    from transformers import TrainerCallback
+
+    from examples import quickstart
+    from trl_ibtpo.viewing.recorder import TreeLog
+
+    taken, whole = [], []
+    record = TreeLog.record
+
+    def timed(self, *args, **kwargs):
+        self.every = 1
+        begin = time.process_time()
+        record(self, *args, **kwargs)
+        taken.append(time.process_time() - begin)
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            self.begin = time.process_time()
+
+        def on_step_end(self, *args, **kwargs):
+            whole.append(time.process_time() - self.begin)
+
+    _, entries = quickstart.make_questions(0)
+    model, tokenizer = quickstart.warm_start(entries, 0, warm_steps)
+    TreeLog.record = timed
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            quickstart.train_ibtpo(model, tokenizer, entries, 0, steps, [Clock()], folder)
+            size = sum(path.stat().st_size for path in Path(folder).glob("trees/step-*.jsonl"))
+    finally:
+        TreeLog.record = record
+    shares = np.array(taken) / np.array(whole)
+    return {
+        "steps": steps,
+        "record_ms": 1000 * float(np.median(taken)),
+        "step_ms": 1000 * float(np.median(whole)),
+        "share": float(np.median(shares[1:])),  # the first step also warms caches up
+        "share_worst": float(shares[1:].max()),
+        "kb_a_step": size / 1000 / steps,
+    }
+
+
 def main() -> None:
-    arguments = parser(__doc__.splitlines()[0])
+    arguments = common.parser(__doc__.splitlines()[0])
     arguments.add_argument("--trees", type=int, nargs="+", default=[1000, 10_000], help="trees of a page")
     arguments.add_argument("--repeats", type=int, default=5)
+    arguments.add_argument("--recording", action="store_true", help="only what recording costs")
     args = arguments.parse_args()
+    if args.recording:
+        common.report("Recording 4 trees in every step", [recording(20, 100)], args)
+        return
     if args.quick:
         args.trees, args.repeats = [40], 2
 
@@ -188,7 +238,7 @@ def main() -> None:
                     "tree_ms_worst": max(moved),
                 }
             )
-    report("The viewer's page in Chromium", rows, args)
+    common.report("The viewer's page in Chromium", rows, args)
 
 
 if __name__ == "__main__":

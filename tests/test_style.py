@@ -30,7 +30,16 @@ def test_pure_floors_load_neither_torch_nor_trl(module):
 
 # From the bottom up: a file imports from floors below its own, and no two files import each other.
 FLOORS = [
-    ["steps", "tree", "engines/base", "training/time_limit", "training/hooks", "prefix_sharing/trie", "viewing/lines"],
+    [
+        "steps",
+        "tree",
+        "engines/base",
+        "training/time_limit",
+        "training/hooks",
+        "training/regularization",
+        "prefix_sharing/trie",
+        "viewing/lines",
+    ],
     [
         "scores",
         "values",

@@ -221,6 +221,16 @@ ROWS = {
         ValueError,
         "`selection_correction` is True, but no step is chosen",
     ),
+    "negative regularization": (
+        {"ib_regularization_coef": -0.1},
+        ValueError,
+        "`ib_regularization_coef` is -0.1; it must be a number of at least 0",
+    ),
+    "a shift of nothing": (
+        {"ib_regularization_shift": 0.5},
+        ValueError,
+        "`ib_regularization_shift` is 0.5, but `ib_regularization_coef` is 0",
+    ),
     "sampled weights and picks by reward": (
         {"shared_token_weight": "sampled", "branching": "ib"},
         ValueError,

@@ -70,6 +70,12 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "a number of leaves from 0 (only the nearest siblings count), or infinite (all other leaves of the question)",
     ),
     (
+        "ib_regularization_coef",
+        lambda value: _is_number(value) and value >= 0,
+        "a number of at least 0 (IBRO's paper uses 0.005)",
+    ),
+    ("ib_regularization_shift", _is_number, "a number (IBRO's paper uses 0)"),
+    (
         "success_range",
         lambda value: value is None or _is_range(value),
         "the lowest and the highest value of the reward that says whether a completion is right, two finite numbers, "
@@ -139,8 +145,9 @@ class IBTPOConfig(GRPOConfig):
             Which steps to branch: `"ib"` (highest IB-Score), `"confidence"` (lowest confidence first, needs no
             reward), `"random"`, `"surprisal"` (TreeRL: the most surprising tokens are sampled again), `"segments"`
             (TreePO: paths are split after every step), `"pivot"` (DEEP-GRPO: failed rollouts, where they can be
-            saved), `"contrast"` (where another outcome is likeliest per token; this package's), or `"independent"` (no tree: all rollouts start at the question). docs/methods.md has the rule of
-            each, and how to give the trainer a function of your own.
+            saved), `"contrast"` (where another outcome is likeliest per token; this package's), or `"independent"` (no
+            tree: all rollouts start at the question). docs/methods.md has the rule of each, and how to give the
+            trainer a function of your own.
         allow_root_branching (`bool`, *optional*, defaults to `False`):
             Whether a round may choose the question itself. Where no other step can be branched, it is chosen anyway.
         allow_repeated_branching (`bool`, *optional*, defaults to `True`):
@@ -208,6 +215,15 @@ class IBTPOConfig(GRPOConfig):
             initial rollouts weigh alike however often they were branched, and each of `c` continuations of a step
             weighs \( 1/c \) of it. `"sampled"` needs a `branching` that does not look at rewards. KL and entropy
             terms always count once per trajectory.
+
+        > Parameters that regularize entropy
+
+        ib_regularization_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of IBRO's term (arXiv 2507.18391, which uses `0.005`): the mean over tokens of advantage times
+            entropy is taken off the loss, so that entropy rises where the advantage is positive and falls where it is
+            negative. The \( \alpha \) of that paper.
+        ib_regularization_shift (`float`, *optional*, defaults to `0.0`):
+            What is added to the advantage in that term; \( \eta \) in that paper.
 
         > Parameters that control the forward pass
 
@@ -439,6 +455,18 @@ class IBTPOConfig(GRPOConfig):
         },
     )
 
+    # Parameters that regularize entropy
+    ib_regularization_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of IBRO's term: the mean over tokens of advantage times entropy is taken off the loss."
+        },
+    )
+    ib_regularization_shift: float = field(
+        default=0.0,
+        metadata={"help": "What is added to the advantage in IBRO's term."},
+    )
+
     # Parameters that control the forward pass
     packed_forward: bool | None = field(
         default=None,
@@ -562,6 +590,11 @@ class IBTPOConfig(GRPOConfig):
                     f"`{name}` is {getattr(self, name)!r}, but `advantage={self.advantage!r}` is not made of the "
                     f"values of steps. Use {plain!r}, or one of these advantages: {', '.join(BY_VALUE)}."
                 )
+        if self.ib_regularization_shift != 0 and self.ib_regularization_coef == 0:
+            raise ValueError(
+                f"`ib_regularization_shift` is {self.ib_regularization_shift!r}, but `ib_regularization_coef` is 0, "
+                "so there is no term that it shifts. Set the coefficient as well, for example to 0.005."
+            )
         if self.selection_correction and not self.branches:
             raise ValueError(
                 "`selection_correction` is True, but no step is chosen: no rollout continues another one."

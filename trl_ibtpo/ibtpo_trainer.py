@@ -28,13 +28,14 @@ from .training.generation import TreeGeneration
 from .training.hooks import check_hooks
 from .training.metrics import TreeMetrics
 from .training.model_card import complete_card, tree_to_show
-from .training.rewards import RewardScorer, describe_scaling
+from .training.regularization import IBRegularization
+from .training.rewards import RewardScorer
 from .viewing.recorder import TreeLog
 
 logger = logging.get_logger(__name__)
 
 
-class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTrainer):
+class IBTPOTrainer(TreeGeneration, IBRegularization, PrefixSharedForward, WholeCheckpoints, GRPOTrainer):
     """
     Trainer for Information Bottleneck Tree-based Policy Optimization (IB-TPO), from the paper [Long Live The Balance:
     Information Bottleneck Driven Tree-based Policy
@@ -182,7 +183,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         self._tree_inputs = inputs
         try:
             output = super()._generate_and_score_completions(inputs)
-            output["advantages"] = self._step_advantages(output)
+            self._set_step_advantages(output)
             output["row"] = torch.arange(len(inputs), device=output["advantages"].device)
             if hasattr(self._strategy, "learn"):
                 found = [self._strategy.evidence(grown.tree, grown.scores) for grown in self._grown]
@@ -226,12 +227,8 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             self._log_metric(name, sum(value * count for value, count in calls) / leaves)
         self._log_timeouts(scorer)
         rewards = self.accelerator.gather(torch.tensor(scorer.rewards, device=self.accelerator.device))
-        if self.model.training and not self._scaling_said:
-            success = rewards[:, self._success_index].cpu().double().numpy()
-            message = describe_scaling(self.reward_func_names[self._success_index], success)
-            self._scaling_said = message is not None
-            if message is not None and self.accelerator.is_main_process:
-                logger.warning(message)
+        if self.model.training:
+            self._say_scaling(rewards[:, self._success_index].cpu().numpy())
         return rewards
 
     def _log_timeouts(self, scorer: RewardScorer) -> None:
@@ -247,8 +244,8 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
 
     # ----- advantages ------------------------------------------------------------------------------------------------
 
-    def _step_advantages(self, output: dict[str, Any]) -> torch.Tensor:
-        """What replaces GRPO's advantage of each trajectory: those of its steps, weighted; `(B,)` to `(B, T)`."""
+    def _set_step_advantages(self, output: dict[str, Any]) -> None:
+        """Replace GRPO's advantage of each trajectory by those of its steps, weighted: `(B,)` to `(B, T)`."""
         advantages = output["advantages"]
         unscorable = np.isnan(self._scorer.rewards).all(axis=1)
         advantage_B = np.where(unscorable, np.nan, advantages.cpu().double().numpy())
@@ -273,9 +270,11 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         if getattr(self._advantage, "whitened", False):
             mask = output["completion_mask"] * output.get("tool_mask", 1)
             per_token = whiten(per_token, mask.cpu().numpy() > 0, self._sum_over_processes)
-        per_token *= padded(weights_B)
-        self._rewrite_logged_advantages(per_token)
-        return torch.tensor(per_token, dtype=advantages.dtype, device=advantages.device)
+        weighted = per_token * padded(weights_B)
+        self._rewrite_logged_advantages(weighted)
+        output["advantages"] = torch.as_tensor(weighted).to(advantages)
+        if self.args.ib_regularization_coef and self.args.shared_token_weight != "per_trajectory":
+            output["unweighted_advantages"] = torch.as_tensor(per_token).to(advantages)
 
     def _sum_over_processes(self, values: np.ndarray) -> np.ndarray:
         local = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device)

@@ -38,9 +38,12 @@ class SegmentGrower(TreeGrower):
         requests: list[RolloutRequest] = []
         # All of them, so that no path joins the tree before it is known that all can.
         while self._pending and all([self._look_ahead(branch, engine) for branch in self._pending]):
-            just_finished = [branch for branch in self._pending if self._advance(branch, engine)]
-            self._pending = [branch for branch in self._pending if branch not in just_finished]
-            steps = self._choose_paths(len(just_finished))
+            paths = len(self._pending)
+            self._pending = [branch for branch in self._pending if not self._advance(branch, engine)]
+            just_finished = paths - len(self._pending)
+            if just_finished:
+                self._reward_leaves()
+            steps = self._choose_paths(just_finished)
             self._level += 1
             requests += self._continue(steps)
         return requests

@@ -5,6 +5,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 from transformers.utils import logging
 from trl.chat_template_utils import parse_response
@@ -22,7 +23,7 @@ from ..engines.vllm_server import VLLMServerEngine
 from ..growth import GrownTree, TreeGrower, drive
 from ..segments import make_grower
 from . import checks
-from .rewards import RewardScorer
+from .rewards import RewardScorer, describe_scaling
 
 logger = logging.get_logger(__name__)
 
@@ -55,7 +56,18 @@ class TreeGeneration:
         prompt_ids, images, _ = self._tokenize_prompts([row["prompt"] for row in inputs])
         if images is not None:
             raise ValueError(checks.NO_IMAGES)
-        return self._grow(inputs, prompt_ids)[0]
+        grown, scorer = self._grow(inputs, prompt_ids)
+        self._say_scaling(scorer.rewards[:, self._success_index])
+        return grown
+
+    def _say_scaling(self, rewards: np.ndarray) -> None:
+        """Say once how success is made of rewards outside [0, 1], where it matters."""
+        if self._scaling_said:
+            return
+        message = describe_scaling(self.reward_func_names[self._success_index], rewards.astype(float))
+        self._scaling_said = message is not None
+        if message is not None and self.accelerator.is_main_process:
+            logger.warning(message)
 
     def _grow(
         self, inputs: list[dict[str, Any]], prompt_ids: list[list[int]], batch: int = 0
@@ -200,7 +212,6 @@ class TreeGeneration:
             reward_names=self.reward_func_names,
             reward_processing_classes=self.reward_processing_classes,
             success_index=self._success_index,
-            success_range=self.args.success_range,
             decode=decode,
             shared_arguments={"trainer_state": self.state},
             event_loop=getattr(self, "async_loop", None),

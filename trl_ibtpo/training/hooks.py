@@ -40,6 +40,8 @@ HOOKS: dict[str, tuple[str, ...]] = {
         "mm_token_type_ids",
         "image_position_ids",
     ),
+    "_compute_loss": ("self", "model", "inputs"),
+    "get_high_entropy_mask": ("self", "entropies", "mask", "threshold"),
     "_tokenize_prompts": ("self", "prompts"),
     "_log_completion_extra": ("self", "column", "values"),
     "_log_metric": ("self", "name", "value"),

@@ -24,9 +24,12 @@ function drawTree(pane) {
     const ghost = known.leaves[step] === 0;
     const faded = path && !path.has(step) ? " dim" : ghost ? " ghost" : "";
     if (parent) {
+      const ends = [parent.x, parent.y, element.x, element.y];
+      // The way to the row belongs to the step before: several steps share it.
+      if (parent.y !== element.y) edges.prepend(make("svg:path", { class: `edge${faded}`, d: turnPath(...ends), stroke: colour(parent.step), "stroke-width": 2 }));
       edges.append(make("svg:path", {
         class: `edge${faded}`,
-        d: edgePath(parent.x, parent.y, element.x, element.y),
+        d: straightPath(...ends),
         stroke: colour(step),
         "stroke-width": (2 + 7 * Math.sqrt(Math.max(known.leaves[step], 1) / most)).toFixed(1),
         "stroke-dasharray": node.role === "assistant" ? null : "2 6",

@@ -53,12 +53,16 @@ function outside(model, number) {
   return steps;
 }
 
-/** A line from a step to the next: round the corner into its row, then straight on. */
-function edgePath(x0, y0, x1, y1) {
-  if (y0 === y1) return `M${x0} ${y0}H${x1}`;
-  const bend = Math.min(16, (x1 - x0) / 2, Math.abs(y1 - y0));
-  return `M${x0} ${y0}V${y1 - Math.sign(y1 - y0) * bend}Q${x0} ${y1} ${x0 + bend} ${y1}H${x1}`;
+/** From a step down or up into the row of the next, round the corner; empty where they are in one row. */
+function turnPath(x0, y0, x1, y1) {
+  if (y0 === y1) return "";
+  const bend = bendOf(x0, y0, x1, y1);
+  return `M${x0} ${y0}V${y1 - Math.sign(y1 - y0) * bend}Q${x0} ${y1} ${x0 + bend} ${y1}`;
 }
+
+/** Straight on from there to the end of the step. */
+const straightPath = (x0, y0, x1, y1) => `M${x0 + (y0 === y1 ? 0 : bendOf(x0, y0, x1, y1))} ${y1}H${x1}`;
+const bendOf = (x0, y0, x1, y1) => Math.min(16, (x1 - x0) / 2, Math.abs(y1 - y0));
 
 /** Round figures for an axis. */
 function ticks(most, count = 6) {

@@ -139,7 +139,7 @@ function aboutStep(pane, step) {
   const ends = model.leavesAt.get(step) || [];
   const name = step === 0 ? "The question" : `Step ${model.depth[step]} of its trajectory`;
   return make("section", {},
-    make("h3", {}, name, make("span", { class: "role" }, snippet(node.role, 24))),
+    make("h3", {}, name, node.parts.length ? null : make("span", { class: "role" }, snippet(node.role, 24))),
     step === 0 ? make("p", { class: "text" }, visible(model.record.question.text)) : stepText(node),
     ends.map((leaf) => make("p", {}, make("span", { class: `mark ${leafKind(model.leaves[leaf])}` }, MARKS[leafKind(model.leaves[leaf])]), ` Trajectory #${leaf + 1} ends here: ${OUTCOMES[leafKind(model.leaves[leaf])]}.`)),
     make("div", { class: "buttons" },
