@@ -223,10 +223,8 @@ def test_plain_tokens_are_skipped_without_a_difference(family, data, delimiter):
 def test_several_delimiters(tokens, delimiters, ends):
     assert step_ends([token.encode() for token in tokens.split("|")], *(each.encode() for each in delimiters)) == ends
     tokenizer = TOKENIZERS["byte_level"]
-    splitter = StepSplitter(tokenizer, delimiters)
     ids = tokenizer.encode(tokens.replace("|", ""))
-    text = "".join(tokenizer.decode(ids[:end])[len(tokenizer.decode(ids[:start])) :] + "|" for start, end in zip([0, *splitter.ends(ids)], splitter.ends(ids), strict=False))  # fmt: skip
-    assert text.replace("|", "") == tokens.replace("|", "") and text.count("|") == len(ends)
+    assert len(StepSplitter(tokenizer, delimiters).ends(ids)) == len(ends)
 
 
 def every(period: int):
