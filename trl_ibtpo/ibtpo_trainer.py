@@ -2,7 +2,7 @@
 
 A thin adapter. It hooks into TRL where completions are generated, scored and given advantages, calls `super()` for
 everything else, and copies none of TRL's methods. What it mixes in keeps to one idea each: where trees come from
-(`generation`), the forward pass (`shared_forward`), checkpoints.
+(`generation`), what is said of them (`reports`), the forward pass (`trainer_mixin`), checkpoints.
 """
 
 import textwrap
@@ -14,6 +14,7 @@ from accelerate.utils import gather_object, is_peft_model
 from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl import GRPOTrainer
+from trl.trainer.utils import get_callable_name
 
 from .advantages import ADVANTAGES, AdvantageFunction, GradedTree, TokenAdvantages, token_advantages, whiten
 from .branching import Strategy, make_strategy, uses_rewards
@@ -29,13 +30,17 @@ from .training.hooks import check_hooks
 from .training.metrics import TreeMetrics
 from .training.model_card import complete_card, tree_to_show
 from .training.regularization import IBRegularization
+from .training.reports import TreeReports
+from .training.reward_checks import resolve_reward_funcs
 from .training.rewards import RewardScorer
+from .training.step_check import describe_escapes
+from .training.success import Success, SuccessFunction
 from .viewing.recorder import TreeLog
 
 logger = logging.get_logger(__name__)
 
 
-class IBTPOTrainer(TreeGeneration, IBRegularization, PrefixSharedForward, WholeCheckpoints, GRPOTrainer):
+class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedForward, WholeCheckpoints, GRPOTrainer):
     """
     Trainer for Information Bottleneck Tree-based Policy Optimization (IB-TPO), from the paper [Long Live The Balance:
     Information Bottleneck Driven Tree-based Policy
@@ -65,7 +70,13 @@ class IBTPOTrainer(TreeGeneration, IBRegularization, PrefixSharedForward, WholeC
     Args:
         model, reward_funcs, args, train_dataset, eval_dataset, processing_class, kwargs:
             As in [`~trl.GRPOTrainer`], with [`IBTPOConfig`] for `args`. `tools`, `environment_factory` and
-            `rollout_func` are not supported: a tree branches inside a single completion.
+            `rollout_func` are not supported: a tree branches inside a single completion. `reward_funcs` also takes
+            the names of functions in `trl.rewards`.
+        success_func:
+            Says how right a completion is, in place of `success_reward`: gets its rewards as a dict from the names of
+            the reward functions to numbers (`None` where there is none), and returns True or False, a number in
+            [0, 1], or `None` where that is unknown. For example
+            `lambda rewards: rewards["accuracy_reward"] == 1 and rewards["length_reward"] > 0.2`.
         advantage (`Callable`, *optional*):
             A function of your own in place of the one that `advantage` in `args` names; see docs/methods.md.
         branching:
@@ -96,6 +107,7 @@ class IBTPOTrainer(TreeGeneration, IBRegularization, PrefixSharedForward, WholeC
         eval_dataset: Any = None,
         processing_class: Any = None,
         *,
+        success_func: SuccessFunction | None = None,
         advantage: AdvantageFunction | None = None,
         branching: Strategy | None = None,
         **kwargs: Any,
@@ -114,6 +126,13 @@ class IBTPOTrainer(TreeGeneration, IBRegularization, PrefixSharedForward, WholeC
         self._strategy = make_strategy(args.branching) if branching is None else branching
         self._branching = args.branching if branching is None else checks.name_of(branching)
         check_hooks(GRPOTrainer)
+        environments = kwargs.get("environment_factory") is not None  # which may have rewards of their own
+        reward_funcs = resolve_reward_funcs(reward_funcs, optional=environments)
+        if (message := describe_escapes(args.step_delimiters)) is not None:
+            logger.warning(message)
+        if not environments and not any(isinstance(func, (str, torch.nn.Module)) for func in reward_funcs):
+            # Only to complain before a model is loaded: TRL has the last word on names.
+            Success(list(map(get_callable_name, reward_funcs)), args.success_reward, args.success_range, success_func)
         checks.refuse_unsupported(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, kwargs)
         super().__init__(
             model=model,
@@ -125,15 +144,15 @@ class IBTPOTrainer(TreeGeneration, IBRegularization, PrefixSharedForward, WholeC
             **kwargs,
         )
         checks.check_tokenizer(self._tokenizer)
+        checks.check_template(self._tokenizer, checks.first_row(train_dataset))
         if self.use_vllm and self.vllm_mode == "colocate" and runs_on_cpu():
             self.vllm_generation = CPUVLLMGeneration.adopt(self.vllm_generation)
         checks.refuse_sharded_growth(self._dist, args, self.reward_funcs)
         self._check_process_share()
         self._choose_forward()
-        self._success_index = self._find_success_reward()
-        # Whether it was said how success is made of rewards outside [0, 1], or there is nothing to say.
-        steers = args.success_steers or (branching is not None and uses_rewards(branching))
-        self._scaling_said = args.success_range is not None or not steers
+        self._success = Success(self.reward_func_names, args.success_reward, args.success_range, success_func)
+        self._success_steers = args.success_steers or (branching is not None and uses_rewards(branching))
+        self._start_reports()
         self._splitter = StepSplitter(
             self._tokenizer, args.step_delimiter, args.step_min_tokens, args.step_max_tokens, args.step_noise
         )
@@ -161,7 +180,7 @@ class IBTPOTrainer(TreeGeneration, IBRegularization, PrefixSharedForward, WholeC
                 self.args,
                 self.state.log_history,
                 self._shown_tree,
-                success_reward=self.reward_func_names[self._success_index],
+                success_reward=str(self._success),
                 branching=self._branching,
                 advantage=self._advantage_name,
                 adapter=is_peft_model(self.accelerator.unwrap_model(self.model)),
@@ -210,8 +229,10 @@ class IBTPOTrainer(TreeGeneration, IBRegularization, PrefixSharedForward, WholeC
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         scorer = self._scorer
+        self._recount_clipped(completion_ids_list)
         if not self.model.training:
             if self.args.reward_timeout is None:
+                self._log_tree_columns(len(completions))
                 return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
             scorer = self._score_evaluation(inputs, completions, completion_ids_list)
         elif [repr(completion) for completion in completions] != scorer.decoded:
@@ -222,25 +243,15 @@ class IBTPOTrainer(TreeGeneration, IBRegularization, PrefixSharedForward, WholeC
         completions[:] = scorer.completions  # reward functions may have edited them, which TRL's table shows
         for column, values in scorer.extra_columns.items():
             self._log_completion_extra(column, values)
+        self._log_tree_columns(len(completions))
         for name, calls in scorer.metrics.items():
             leaves = sum(count for _, count in calls)
             self._log_metric(name, sum(value * count for value, count in calls) / leaves)
         self._log_timeouts(scorer)
         rewards = self.accelerator.gather(torch.tensor(scorer.rewards, device=self.accelerator.device))
         if self.model.training:
-            self._say_scaling(rewards[:, self._success_index].cpu().numpy())
+            self._look_at_rewards(rewards.cpu().double().numpy(), prompts)
         return rewards
-
-    def _log_timeouts(self, scorer: RewardScorer) -> None:
-        """Completions that each function left unscored, over all processes; a collective call where a limit is set."""
-        if self.args.reward_timeout is None:
-            return
-        local = torch.tensor(scorer.timed_out.sum(axis=0), dtype=torch.float32, device=self.accelerator.device)
-        mode = "train" if self.model.training else "eval"
-        counts = self.accelerator.reduce(local, reduction="sum").tolist()
-        for name, func, count in zip(self.reward_func_names, self.reward_funcs, counts, strict=True):
-            if not isinstance(func, torch.nn.Module):
-                self._metrics[mode][f"rewards/{name}/timeouts"].append(count)
 
     # ----- advantages ------------------------------------------------------------------------------------------------
 
@@ -280,14 +291,6 @@ class IBTPOTrainer(TreeGeneration, IBRegularization, PrefixSharedForward, WholeC
         local = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device)
         return self.accelerator.reduce(local, reduction="sum").double().cpu().numpy()
 
-    def _rewrite_logged_advantages(self, per_token: np.ndarray) -> None:
-        """The completions table shows one number per trajectory: the mean over its tokens."""
-        lengths = np.concatenate([grown.tree.ends()[grown.tree.leaves] for grown in self._grown])
-        means = gather_object([float(row[:length].mean()) for row, length in zip(per_token, lengths, strict=True)])
-        for _ in means:
-            self._logs["advantages"].pop()
-        self._logs["advantages"].extend(means)
-
     # ----- checks and words ------------------------------------------------------------------------------------------
 
     def _check_process_share(self) -> None:
@@ -299,17 +302,6 @@ class IBTPOTrainer(TreeGeneration, IBRegularization, PrefixSharedForward, WholeC
                 f"hold whole trees of {self.num_generations} trajectories. Trees never span processes; use a multiple "
                 f"of {self.num_generations * self.accelerator.num_processes}."
             )
-
-    def _find_success_reward(self) -> int:
-        name = self.args.success_reward
-        if name is None:
-            return 0
-        if name not in self.reward_func_names:
-            raise ValueError(
-                f"`success_reward` is {name!r}, which is not a reward function. Available: "
-                f"{', '.join(self.reward_func_names)}."
-            )
-        return self.reward_func_names.index(name)
 
     def _describe(self) -> str:
         args = self.args
@@ -323,11 +315,8 @@ class IBTPOTrainer(TreeGeneration, IBRegularization, PrefixSharedForward, WholeC
             )
         trees = args.per_device_train_batch_size * args.steps_per_generation // self.num_generations
         engine = f"vLLM, {self.vllm_mode} mode" if self.use_vllm else "transformers (`use_vllm` is off)"
-        success = f"'{self.reward_func_names[self._success_index]}'"
-        if args.success_range is not None:
-            success += " between {} and {} (`success_range`)".format(*args.success_range)
         return (
             f"IB-TPO: {shape}, {trees} per process and generation; advantage '{self._advantage_name}' "
-            f"(ib_coef={args.ib_coef}, ib_beta={args.ib_beta}); success from {success}; engine: {engine}; forward: "
-            f"{self._forward_in_words()}."
+            f"(ib_coef={args.ib_coef}, ib_beta={args.ib_beta}); success from {self._success}; engine: {engine}; "
+            f"forward: {self._forward_in_words()}."
         )

@@ -2,6 +2,7 @@
 
 tree/effective_rate     share of trees whose leaves differ in success (Eff-Rate)
 tree/average_success    mean success of the trajectories (Avg-Rate)
+tree/initial_success    mean success of the initial rollouts alone, which no choice of a branch biases
 tree/generated_tokens   newly sampled tokens per question, shared prefixes once
 tree/trajectory_tokens  tokens of all trajectories per question, shared prefixes once per trajectory
 tree/depth              steps per trajectory
@@ -27,6 +28,7 @@ from ..values import selection_differences
 MEANS = (
     "tree/effective_rate",
     "tree/average_success",
+    "tree/initial_success",
     "tree/generated_tokens",
     "tree/trajectory_tokens",
     "tree/depth",
@@ -52,6 +54,8 @@ class TreeMetrics:
         known = success[~np.isnan(success)]
         self._add("tree/effective_rate", [len(known) > 0 and known.min() < known.max()])
         self._add("tree/average_success", known)
+        initial = success[np.array(tree.rounds) == 0]
+        self._add("tree/initial_success", initial[~np.isnan(initial)])
         self._add("tree/generated_tokens", [tree.generated_tokens])
         self._add("tree/trajectory_tokens", [tree.trajectory_tokens])
         self._add("tree/depth", [len(tree.path(leaf)) for leaf in tree.leaves])
