@@ -180,6 +180,7 @@ def main() -> None:
     arguments.add_argument("--questions", type=int, default=1024)
     arguments.add_argument("--chunk", type=int, default=256, help="questions grown together")
     arguments.add_argument("--warm_steps", type=int, nargs="*", default=[400, 200], help="a model for each")
+    arguments.add_argument("--chain_steps", type=int, nargs="*", default=[6, 12], help="a simulated policy for each")
     arguments.add_argument(
         "--lookahead", type=int, nargs="*", default=[], help="rows of IB with it, beside the others"
     )

@@ -13,18 +13,20 @@ from transformers import TrainerCallback
 
 from trl_ibtpo import IBTPOTrainer
 from trl_ibtpo.advantages import ADVANTAGES
-from trl_ibtpo.branching import STRATEGIES, make_strategy
+from trl_ibtpo.branching import STRATEGIES, make_strategy, rounds_of
 
 STEPS = 3
-# Trees of four leaves whichever formula counts them: 2 + 2 rounds of one, or 2 (1 + 1 round of one)
-SHAPES = {"surprisal": {"tree_levels": 2}}
 
 
 class Switch(TrainerCallback):
-    """Sets branching and advantage of a running trainer, pair after pair; keeps what each has made of the weights."""
+    """Sets branching and advantage of a running trainer, pair after pair; keeps what each has made of the weights.
 
-    def __init__(self, pairs):
-        self.pairs, self.number, self.weights, self.moved = pairs, 0, [], []
+    Where every initial rollout has rounds of its own, a tree of as many leaves has fewer levels.
+    """
+
+    def __init__(self, pairs, levels: int, levels_of_rollouts: int):
+        self.pairs, self.number, self.weights = pairs, 0, []
+        self.levels, self.levels_of_rollouts = levels, levels_of_rollouts
 
     def start(self, trainer):
         self.trainer = trainer
@@ -34,7 +36,7 @@ class Switch(TrainerCallback):
     def _switch(self):
         trainer, args = self.trainer, self.trainer.args
         args.branching, args.advantage = self.pairs[self.number]
-        args.tree_levels = SHAPES.get(args.branching, {}).get("tree_levels", 3)
+        args.tree_levels = self.levels_of_rollouts if rounds_of(args.branching) == "rollout" else self.levels
         assert args.growth_settings.leaves == trainer.num_generations
         trainer._strategy, trainer._branching = make_strategy(args.branching), args.branching
         trainer._advantage, trainer._advantage_name = ADVANTAGES[args.advantage], args.advantage
@@ -67,7 +69,7 @@ def train(model_path, config, pairs, **fields) -> Switch:
         logging_steps=STEPS,
         **fields,
     )
-    switch = Switch(pairs)
+    switch = Switch(pairs, levels=3, levels_of_rollouts=2)  # four leaves: 2 + 2 rounds of one, or 2 (1 + 1 of one)
     trainer = IBTPOTrainer(model_path, tiny.even_length, args, tiny.questions(256), callbacks=[switch])
     switch.start(trainer)
     trainer.train()

@@ -379,8 +379,8 @@ class IBTPOConfig(GRPOConfig):
         default=None,
         metadata={"help": "Texts that begin an answer: nothing is branched after the first of them in a completion."},
     )
-    step_delimiter: list[str] = field(
-        default="\n\n",  # one text as it is; a list so that several can be given on the command line
+    step_delimiter: str = field(  # one on a command line; a list of them in Python and in a YAML file
+        default="\n\n",
         metadata={"help": "Text that ends a step, or several of which each does."},
     )
     step_min_tokens: int = field(
