@@ -20,7 +20,18 @@ def test_ruff(command):
 
 
 def test_pure_floors_load_neither_torch_nor_trl():
-    modules = ["steps", "tree", "scores", "values", "weights", "branching", "advantages", "growth", "segments"]
+    modules = [
+        "steps",
+        "tree",
+        "scores",
+        "values",
+        "weights",
+        "branching",
+        "budget",
+        "advantages",
+        "growth",
+        "segments",
+    ]
     code = (
         f"import importlib, sys\nfor name in {modules}:\n    importlib.import_module(f'trl_ibtpo.{{name}}')\n"
         "    print(name, *(other for other in ('torch', 'trl', 'transformers') if other in sys.modules))"
@@ -34,8 +45,10 @@ FLOORS = [
     [
         "steps",
         "tree",
+        "budget",
         "engines/base",
         "training/time_limit",
+        "training/group_statistics",
         "training/hooks",
         "training/regularization",
         "prefix_sharing/trie",

@@ -170,6 +170,21 @@ ROWS = {
         ValueError,
         "`branch_lookahead` is True; it must be a whole number from 0",
     ),
+    "adaptive budget switched on": (
+        {"adaptive_budget": True},
+        ValueError,
+        "`adaptive_budget` is True; it must be a whole number of at least 1: so many right and so many wrong answers",
+    ),
+    "adaptive budget with nothing to give": (
+        {"adaptive_budget": 1, "tree_levels": 1, "branching": "independent"},
+        ValueError,
+        "`adaptive_budget` is 1, but `tree_levels` is 1: .* no others to give away. Use, .*tree_levels=9",
+    ),
+    "adaptive budget after one rollout": (
+        {"adaptive_budget": 1, "tree_initial_rollouts": 1},
+        ValueError,
+        "`adaptive_budget` is 1, but `tree_initial_rollouts` is 1: .* Use at least 2",
+    ),
     "no beta": ({"ib_beta": 0.0}, ValueError, r"`ib_beta` is 0.0; it must be positive \(the paper uses 5\)"),
     "beta as text": ({"ib_beta": "5"}, ValueError, r"`ib_beta` is '5'; it must be positive \(the paper uses 5\)"),
     "lambda unknown": (
@@ -315,6 +330,11 @@ ROWS = {
         {"branching": "independent", "selection_correction": True},
         ValueError,
         "`selection_correction` is True, but no step is chosen",
+    ),
+    "sampled weights and leaves by reward": (
+        {"shared_token_weight": "sampled", "branching": "confidence", "adaptive_budget": 1},
+        ValueError,
+        "`shared_token_weight` is 'sampled', .* `adaptive_budget` is 1: .* Leave `adaptive_budget` out",
     ),
     "negative regularization": (
         {"ib_regularization_coef": -0.1},

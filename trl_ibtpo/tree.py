@@ -283,7 +283,7 @@ class RolloutTree:
     def density(self) -> np.ndarray:
         """`p(s)`: mean success of the leaves under every step, `(N,)`; NaN where none is known."""
         counts = np.array(self._success_counts)
-        return np.divide(np.array(self._success_sums), counts, out=np.full(len(counts), np.nan), where=counts > 0)
+        return np.array(self._success_sums) / np.where(counts > 0, counts, np.nan)
 
     def known_leaves(self) -> np.ndarray:
         """Number of leaves under every step whose success is known, `(N,)`."""

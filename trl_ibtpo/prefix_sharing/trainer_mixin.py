@@ -30,7 +30,7 @@ class PrefixSharedForward:
         inputs = super()._prepare_inputs(generation_batch)
         if self._packed_forward and self.model.training and self._buffered_inputs is not before:
             # TRL shuffles rows; what shares tokens has to be in one micro-batch.
-            self._buffered_inputs = keep_groups_together(self._buffered_inputs, self.num_generations)
+            self._buffered_inputs = keep_trees_together(self._buffered_inputs)
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return inputs
 
@@ -173,22 +173,22 @@ def _without_traces(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def keep_groups_together(batches: list[dict[str, Any]], group_size: int) -> list[dict[str, Any]]:
-    """Rearrange shuffled micro-batches so that the rows of a group follow each other.
+def keep_trees_together(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rearrange shuffled micro-batches so that the rows of a tree follow each other.
 
-    Groups keep the shuffled order of their first rows, and rows within a group that of generation.
+    Trees keep the shuffled order of their first rows, and rows within a tree that of generation.
 
     Args:
-        batches: micro-batches as TRL splits a generation batch, with the entry `row`: each row's place in it, `(B,)`.
-        group_size: rows of a group.
+        batches: micro-batches as TRL splits a generation batch, with the entries `row`, each row's place in it, and
+            `tree`, the number of its tree; both `(B,)`.
     """
     if len(batches) == 1:
         return batches
-    rows = torch.cat([batch["row"] for batch in batches]).tolist()
-    first = {}  # group to the place of its first row
-    for place, row in enumerate(rows):
-        first.setdefault(row // group_size, place)
-    order = sorted(range(len(rows)), key=lambda place: (first[rows[place] // group_size], rows[place]))
+    rows, trees = (torch.cat([batch[key] for batch in batches]).tolist() for key in ("row", "tree"))
+    first = {}  # tree to the place of its first row
+    for place, tree in enumerate(trees):
+        first.setdefault(tree, place)
+    order = sorted(range(len(rows)), key=lambda place: (first[trees[place]], rows[place]))
 
     def merged(values: list) -> Any:
         if isinstance(values[0], torch.Tensor) and values[0].ndim:

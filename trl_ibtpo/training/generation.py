@@ -19,7 +19,7 @@ from ..engines.base import RolloutEngine
 from ..engines.transformers import TransformersEngine, unsharded
 from ..engines.vllm import VLLMEngine
 from ..engines.vllm_server import VLLMServerEngine
-from ..growth import GrownTree, TreeGrower, drive
+from ..growth import GrownTree, TreeGrower, drive, leaf_budget
 from ..segments import make_grower
 from . import checks
 from .rewards import RewardScorer
@@ -61,7 +61,8 @@ class TreeGeneration:
         self, inputs: list[dict[str, Any]], prompt_ids: list[list[int]], batch: int = 0
     ) -> tuple[list[GrownTree], RewardScorer]:
         """Grow one tree for each run of G equal prompts; makes no collective call while trees grow."""
-        scorer = self._make_scorer(inputs, self.num_generations, self._decoder(inputs, prompt_ids))
+        uneven = self.args.adaptive_budget is not None
+        scorer = self._make_scorer(inputs, self.num_generations, self._decoder(inputs, prompt_ids), uneven)
         with (
             self._engine() as engine,
             tqdm(
@@ -74,7 +75,9 @@ class TreeGeneration:
             ) as progress,
         ):
             growers = self._plant(prompt_ids, engine, batch)
-            drive(growers, engine, scorer, on_rollout=progress.update)
+            budget = leaf_budget(self.args.growth_settings, len(growers), in_order=self.args.reproducible_rollouts)
+            drive(growers, engine, scorer, progress.update, budget)
+        scorer.arrange([len(grower.tree.leaves) for grower in growers])
         scorer.warn_of_timeouts()
         grown = [grower.grown() for grower in growers]
         self._look_for_steps(grown)
@@ -201,7 +204,9 @@ class TreeGeneration:
         scorer.warn_of_timeouts()
         return scorer
 
-    def _make_scorer(self, inputs: list[dict[str, Any]], leaves_per_tree: int, decode: Callable) -> RewardScorer:
+    def _make_scorer(
+        self, inputs: list[dict[str, Any]], leaves_per_tree: int, decode: Callable, uneven: bool = False
+    ) -> RewardScorer:
         return RewardScorer(
             inputs=inputs,
             leaves_per_tree=leaves_per_tree,
@@ -215,7 +220,8 @@ class TreeGeneration:
             chat_template_kwargs=self.chat_template_kwargs,
             device=self.accelerator.device,
             timeout=self.args.reward_timeout,
-            postpone=not uses_rewards(self._strategy),
+            postpone=not uses_rewards(self._strategy) and self.args.adaptive_budget is None,
+            uneven=uneven,
         )
 
 

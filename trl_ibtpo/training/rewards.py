@@ -16,6 +16,7 @@ import textwrap
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -52,6 +53,7 @@ class RewardFunctionError(RuntimeError):
 class _Call:
     """Leaves that are scored together."""
 
+    leaves: list[tuple[int, int]]
     rows: list[int]
     arguments: dict[str, Any]
     pending: dict[concurrent.futures.Future, int] = field(default_factory=dict)  # future to reward function
@@ -65,6 +67,7 @@ class RewardScorer:
     Args:
         inputs: dataset rows, one per leaf: G equal rows per tree, trees in order.
         leaves_per_tree: G.
+        uneven: whether trees differ in size, G on average; then `arrange` puts the leaves into order in the end.
         reward_funcs, reward_names, reward_processing_classes: as in TRL's trainer.
         success: how right a leaf is, out of its rewards.
         decode: completion token ids (one list per leaf) and their rows to completions as TRL passes them on.
@@ -95,6 +98,7 @@ class RewardScorer:
         device: torch.device,
         timeout: float | None = None,
         postpone: bool = False,
+        uneven: bool = False,
     ):
         self.rewards = np.full((len(inputs), len(reward_funcs)), np.nan, dtype=np.float32)
         self.timed_out = np.zeros(self.rewards.shape, dtype=bool)  # not scored within the limit
@@ -104,6 +108,8 @@ class RewardScorer:
         self.metrics: dict[str, list[tuple[float, int]]] = {}  # value and number of leaves of each call
         self._inputs = inputs
         self._leaves_per_tree = leaves_per_tree
+        # Place of each leaf in the lists above, as they came; without `uneven`, trees are in order from the start.
+        self._places: dict[tuple[int, int], int] | None = {} if uneven else None
         self._reward_funcs = reward_funcs
         self._reward_names = reward_names
         self._reward_processing_classes = reward_processing_classes
@@ -118,12 +124,19 @@ class RewardScorer:
         self._calls: list[_Call] = []
 
     def submit(self, leaves: Sequence[tuple[int, int, list[int]]]) -> None:
-        rows = [tree * self._leaves_per_tree + number for tree, number, _ in leaves]
+        # Any of the equal rows of a tree, where it has more leaves than rows.
+        sources = [tree * self._leaves_per_tree + number % self._leaves_per_tree for tree, number, _ in leaves]
+        rows = sources
+        if self._places is not None:
+            rows = [self._places.setdefault((tree, number), len(self._places)) for tree, number, _ in leaves]
         completion_ids = [ids for _, _, ids in leaves]
-        completions = self._decode(completion_ids, rows)
+        completions = self._decode(completion_ids, sources)
+        inputs = [self._inputs[source] for source in sources]
+        if self._places is not None:
+            inputs = deepcopy(inputs)  # functions may edit them, and another leaf may need them
         for row, completion in zip(rows, completions, strict=True):
             self.completions[row], self.decoded[row] = completion, repr(completion)
-        call = self._make_call(rows, completion_ids)
+        call = self._make_call([(tree, number) for tree, number, _ in leaves], rows, inputs, completion_ids)
         # Asynchronous functions first: they run while the synchronous ones compute.
         for index, func in enumerate(self._reward_funcs):
             if not isinstance(func, nn.Module) and is_async_callable(func):
@@ -135,10 +148,16 @@ class RewardScorer:
         if not call.postponed:
             self._run_synchronous(call)
 
-    def _make_call(self, rows: list[int], completion_ids: list[list[int]]) -> _Call:
-        inputs = [self._inputs[row] for row in rows]
+    def _make_call(
+        self,
+        leaves: list[tuple[int, int]],
+        rows: list[int],
+        inputs: Sequence[dict[str, Any]],
+        completion_ids: list[list[int]],
+    ) -> _Call:
         columns = [key for key in inputs[0] if key not in ("prompt", "completion", "completion_ids")]
         return _Call(
+            leaves=leaves,
             rows=rows,
             arguments={
                 **{key: [row[key] for row in inputs] for key in columns},
@@ -168,7 +187,9 @@ class RewardScorer:
                 for row, ids in zip(call.rows, call.arguments["completion_ids"], strict=True)
             }
             rows = sorted(ids_of)
-            self._run_synchronous(self._make_call(rows, [ids_of[row] for row in rows]))
+            leaves = [divmod(row, self._leaves_per_tree) for row in rows]
+            inputs = [self._inputs[row] for row in rows]
+            self._run_synchronous(self._make_call(leaves, rows, inputs, [ids_of[row] for row in rows]))
         for call in postponed:
             if self._timeout is not None:
                 self._run_synchronous(call)
@@ -190,7 +211,19 @@ class RewardScorer:
             self._wait(futures)
         rows = [row for call in complete for row in call.rows]
         values = self._success.values(self.rewards[rows]).tolist()
-        return [(*divmod(row, self._leaves_per_tree), value) for row, value in zip(rows, values, strict=True)]
+        leaves = [leaf for call in complete for leaf in call.leaves]
+        return [(*leaf, value) for leaf, value in zip(leaves, values, strict=True)]
+
+    def arrange(self, sizes: Sequence[int]) -> None:
+        """Put all leaves into the order of trees, and those of a tree into their own, now that sizes are known."""
+        if self._places is None:
+            return
+        leaves = [(tree, number) for tree, size in enumerate(sizes) for number in range(size)]
+        order = [self._places[leaf] for leaf in leaves]
+        self.rewards, self.timed_out = self.rewards[order], self.timed_out[order]
+        self.completions, self.decoded = ([each[row] for row in order] for each in (self.completions, self.decoded))
+        self.extra_columns = {name: [cells[row] for row in order] for name, cells in self.extra_columns.items()}
+        self._inputs = [self._inputs[tree * self._leaves_per_tree] for tree, _ in leaves]
 
     def warn_of_timeouts(self) -> None:
         """Name each function that left completions unscored because of its time limit."""

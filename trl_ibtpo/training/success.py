@@ -194,12 +194,12 @@ class SuccessWatch:
         self._counts: dict[float, int] = {}
         self._done = False
 
-    def add(self, success: Success, rewards_LF: np.ndarray, leaves_per_tree: int) -> str | None:
-        """Look at further trees, `leaves_per_tree` rows each; returns what to warn of, once."""
+    def add(self, success: Success, rewards_LF: np.ndarray, sizes: Sequence[int]) -> str | None:
+        """Look at further trees, which have so many rows; returns what to warn of, once."""
         if self._done:
             return None
         success_L = success(rewards_LF)
-        for values in np.split(success_L, len(success_L) // leaves_per_tree):
+        for values in np.split(success_L, np.cumsum(sizes)[:-1]):
             known = values[~np.isnan(values)]
             if len(known) and known.min() < known.max():
                 self._done = True  # for good: it can tell them apart
