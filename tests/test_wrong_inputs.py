@@ -604,7 +604,7 @@ ROWS = {
     "reward for text gets messages": (
         {"reward_funcs": [reads_text], "train_dataset": tiny.questions(8, conversational=True)},
         RewardFunctionError,
-        r"(?s)'reads_text' raised AttributeError: .* lists of messages here, .*: `completion\[0\]\['content'\]` is the",
+        r"(?s)'reads_text' raised AttributeError: .* lists of messages here, .*: `completion\[0\]\['content'\]` is",
     ),
     "reward returns nothing": (
         {"reward_funcs": [returns_nothing]},
