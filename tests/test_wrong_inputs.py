@@ -734,3 +734,18 @@ def test_a_column_that_is_dropped_is_not_refused(config):
     data = tiny.questions(12).add_column("completions", ["b"] * 12)
     args = config(remove_unused_columns=True)
     checks.refuse_unsupported("a/model", [tiny.even_length], args, data, data, None, {})
+
+
+def test_a_message_with_tool_calls_needs_no_content():
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 3, "b": 4}}}
+    prompt = [
+        {"role": "user", "content": "What is 3 + 4?"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "7"},
+    ]
+    checks.check_rows([{"prompt": prompt}])
+
+
+def test_one_row_is_not_a_list_of_rows():
+    with pytest.raises(TypeError, match=r"`rows` is one row \(with prompt, letter\); give a list .* `\[row\]`"):
+        checks.check_rows({"prompt": "What is 3 + 4?", "letter": "a"})

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,29 +43,8 @@ class PrefixSharedForward:
         batch_size=None,
         compute_entropy=False,
         compute_aux_loss=False,
-        pixel_values=None,
-        image_grid_thw=None,
-        num_images=None,
-        pixel_attention_mask=None,
-        spatial_shapes=None,
-        num_tiles=None,
-        image_sizes=None,
-        token_type_ids=None,
-        mm_token_type_ids=None,
-        image_position_ids=None,
+        **multimodal,
     ):
-        multimodal = {
-            "pixel_values": pixel_values,
-            "image_grid_thw": image_grid_thw,
-            "num_images": num_images,
-            "pixel_attention_mask": pixel_attention_mask,
-            "spatial_shapes": spatial_shapes,
-            "num_tiles": num_tiles,
-            "image_sizes": image_sizes,
-            "token_type_ids": token_type_ids,
-            "mm_token_type_ids": mm_token_type_ids,
-            "image_position_ids": image_position_ids,
-        }
         shared_batches = [None]
         # The load-balancing loss of a mixture of experts counts tokens, so it would change.
         if self._packed_forward and not compute_aux_loss and all(value is None for value in multimodal.values()):
@@ -154,19 +134,10 @@ class PrefixSharedForward:
             def shared(*batch, model=model):
                 return self._shared_forward(model, share_prefixes(*batch))[0]
 
-            def prepare(base_model=base_model):
-                prepare_model(base_model)
-
+            prepare, vocabulary = partial(prepare_model, base_model), base_model.config.get_text_config().vocab_size
+            device, precision = self.accelerator.device, self._precision(base_model)
             with _without_traces(model):
-                reason = why_not_exact(
-                    padded,
-                    shared,
-                    prepare,
-                    base_model.config.get_text_config().vocab_size,
-                    self.accelerator.device,
-                    self._precision(base_model),
-                )
-            reasons.append(reason)
+                reasons.append(why_not_exact(padded, shared, prepare, vocabulary, device, precision))
         reason = next((reason for reason in gather_object(reasons) if reason is not None), None)
         if reason is not None:
             for model in self._models_in_use():

@@ -325,6 +325,10 @@ def refuse_columns(columns: Iterable[str], dataset: str) -> None:
 
 def check_rows(rows: list[dict[str, Any]]) -> None:
     """Raise where a row has no prompt that can be continued; streamed rows are seen here first."""
+    if isinstance(rows, dict):
+        raise TypeError(
+            f"`rows` is one row (with {', '.join(map(str, rows))}); give a list of rows, for example `[row]`."
+        )
     for row in rows:
         if {"image", "images"} & row.keys():
             raise ValueError(NO_IMAGES)
@@ -337,13 +341,14 @@ def check_rows(rows: list[dict[str, Any]]) -> None:
                 f"The column 'prompt' of `train_dataset` holds {prompt!r}; a prompt must be text or a list of "
                 "messages, for example 'What is 3 + 4?' or [{'role': 'user', 'content': 'What is 3 + 4?'}]."
             )
-        parts = [part for message in prompt if isinstance(message["content"], list) for part in message["content"]]
+        contents = [message.get("content") for message in prompt]
+        parts = [part for content in contents if isinstance(content, list) for part in content]
         if any(part.get("type") == "image" for part in parts):
             raise ValueError(NO_IMAGES)
 
 
 def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and {"role", "content"} <= message.keys()
+    return isinstance(message, dict) and "role" in message and bool({"content", "tool_calls"} & message.keys())
 
 
 def check_template(tokenizer: Any, row: dict[str, Any] | None) -> None:

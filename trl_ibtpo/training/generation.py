@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -46,7 +47,7 @@ class TreeGeneration:
             One tree per row, with its scores.
         """
         checks.check_rows(rows)
-        inputs = [dict(row) for row in rows for _ in range(self.num_generations)]
+        inputs = [deepcopy(row) for row in rows for _ in range(self.num_generations)]  # functions may edit them
         prompt_ids, images, _ = self._tokenize_prompts([row["prompt"] for row in inputs])
         if images is not None:
             raise ValueError(checks.NO_IMAGES)

@@ -32,6 +32,8 @@ from .time_limit import TimeLimitExceeded, call_within, can_interrupt
 
 logger = logging.get_logger(__name__)
 
+LARGEST = float(np.finfo(np.float32).max)  # TRL computes with rewards of this precision
+
 
 class RewardFunctionError(RuntimeError):
     """A reward function raised or returned something that is not one number (or None) per completion.
@@ -219,8 +221,8 @@ class RewardScorer:
         try:
             if isinstance(values, (str, dict)):  # iterable, but not over rewards
                 raise TypeError
-            numbers = [math.nan if value is None else float(value) for value in values]
-        except (TypeError, ValueError, RuntimeError) as error:
+            numbers = [_number(value) for value in values]
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise RewardFunctionError(
                 f"The reward function '{name}' returned {values!r}; it must return a list with one number or None "
                 "per completion."
@@ -231,7 +233,7 @@ class RewardScorer:
                 "one per completion."
             )
         for value in numbers:
-            if math.isinf(value):
+            if abs(value) > LARGEST:
                 raise RewardFunctionError(
                     f"The reward function '{name}' returned {value}; a reward must be a finite number, or None where "
                     "there is none."
@@ -263,6 +265,12 @@ class RewardScorer:
             raise ValueError(f"log_extra('{column}') got {len(values)} values for {len(rows)} completions.")
         for row, value in zip(rows, values, strict=True):
             cells[row] = value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str):  # `float` would read it
+        raise TypeError
+    return math.nan if value is None else float(value)
 
 
 def _hint(error: Exception, completion: Any) -> str:

@@ -174,7 +174,8 @@ def describe_scaling(source: str, values_L: np.ndarray) -> str | None:
     low, high = np.nanmin(values_L), np.nanmax(values_L)
     if low == high:
         low, high = min(low, 0), max(high, 1)
-    shown, low, high = (float(f"{value:.4g}") for value in (outside[0], low, high))
+    digits = next(digits for digits in range(4, 18) if f"{low:.{digits}g}" != f"{high:.{digits}g}")
+    shown, low, high = float(f"{outside[0]:.4g}"), float(f"{low:.{digits}g}"), float(f"{high:.{digits}g}")
     return (
         f"{source[0].upper()}{source[1:]} returned {shown}, outside [0, 1]. Trees with such a value scale their "
         "rewards from their own lowest to their own highest, to know which steps to branch and to favour: success "
