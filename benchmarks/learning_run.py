@@ -86,7 +86,7 @@ GROUPS_PER_MICRO_BATCH = 8
 def make_trainer(task: Chain, method: Method, seed: int, setting: Setting, warm: Path) -> GRPOTrainer:
     tokenizer = AutoTokenizer.from_pretrained(warm)
     rows = task.questions(setting.budget // 100, seed)  # more than any method gets to
-    micro_batches = math.ceil(setting.questions / GROUPS_PER_MICRO_BATCH)
+    micro_batches = setting.updates * math.ceil(setting.questions / setting.updates / GROUPS_PER_MICRO_BATCH)
     b0, levels, nodes, branches = method.shape
     group = method.group or b0 + (levels - 1) * nodes * branches
     arguments = {
