@@ -150,6 +150,9 @@ def main() -> None:
         learning_report.write(results)
     rows = learning_report.tables(results)
     common.report("Held-out accuracy of runs that are done", rows, args)
+    if args.json is not None:  # a row for each checkpoint, in place of the table
+        checkpoints = [row for done in results.complete.values() for row in done]
+        args.json.write_text(json.dumps(checkpoints, indent=1) + "\n")
 
 
 if __name__ == "__main__":

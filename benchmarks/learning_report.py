@@ -145,7 +145,7 @@ class Estimate:
     def text(self, sign: bool = False) -> str:
         """In points (percent)."""
         if not self.count:
-            return "not run"
+            return "none done"
         form = "{:+.1f}" if sign else "{:.1f}"
         mean, low, high = (form.format(100 * value) for value in (self.mean, self.low, self.high))
         return f"{mean} [{low}, {high}]" if self.count > 1 else f"{mean} (one seed)"
@@ -251,7 +251,7 @@ def run_table(results: Results, task: str) -> str:
             if seed in final:
                 cells.append(f"{100 * final[seed]:.1f} / {100 * area[seed]:.1f}")
             else:
-                cells.append("failed" if run in results.failed else "cut off" if run in results.started else "")
+                cells.append("failed" if run in results.failed else "not done" if run in results.started else "")
         rows.append([METHOD_NAMES.get(method, method), *cells])
     return markdown(["method", *(f"seed {seed}" for seed in seeds)], rows)
 
@@ -289,6 +289,11 @@ def _mean_curves(axis, results: Results, task: str, methods: Sequence[str], over
 def draw(results: Results, task: str, folder: Path) -> list[Path]:
     """Learning curves over three costs, training dynamics, and the paired differences."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    def short_ticks(axis) -> None:
+        axis.xaxis.set_major_locator(MaxNLocator(6))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
 
     folder.mkdir(parents=True, exist_ok=True)
     methods = [name for name in results.methods(task) if results.measured(task, name, "final")]
@@ -298,6 +303,7 @@ def draw(results: Results, task: str, folder: Path) -> list[Path]:
     for axis, (over, label) in zip(figure.subplots(1, 3, sharey=True), COSTS.items(), strict=True):
         _mean_curves(axis, results, task, methods, over, "accuracy")
         axis.set_xlabel(label)
+        short_ticks(axis)
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("held-out accuracy")
     handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -311,6 +317,7 @@ def draw(results: Results, task: str, folder: Path) -> list[Path]:
         _mean_curves(axis, results, task, methods, "generated_tokens", key)
         axis.set_xlabel("generated tokens")
         axis.set_title(label)
+        short_ticks(axis)
         axis.grid(alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
@@ -350,36 +357,45 @@ def draw(results: Results, task: str, folder: Path) -> list[Path]:
 BEGIN, END = "<!-- from the rows: begin -->", "<!-- from the rows: end -->"
 
 
-def sentence(results: Results, task: str, row: dict[str, Any]) -> str:
-    """What is known of one claim, in words."""
-    names = METHOD_NAMES[row["method"]], METHOD_NAMES[row["base"]]
-    if row["area"].count < 2:
-        return f"Not known, for want of runs: {names[0]} against {names[1]}."
-    said = {
-        "better": "is better than",
-        "worse": "is worse than",
-        "undecided": "cannot be told from",
-    }[verdict(row["area"], row["p_area"])]
+def name_of(method: str) -> str:
+    return METHOD_NAMES.get(method, method)
+
+
+def sentence(row: dict[str, Any]) -> str:
+    """What is known of one claim with at least two pairs, in words."""
+    said = {"better": "is better than", "worse": "is worse than", "undecided": "cannot be told from"}
+    ours, theirs = name_of(row["method"]), name_of(row["base"])
     return (
-        f"{names[0][0].upper()}{names[0][1:]} {said} {names[1]}: {row['area'].text(sign=True)} points of area, "
-        f"{row['final'].text(sign=True)} points of final accuracy ({row['area'].count} pairs)."
+        f"{ours[0].upper()}{ours[1:]} {said[verdict(row['area'], row['p_area'])]} {theirs}: "
+        f"{row['area'].text(sign=True)} points of area, {row['final'].text(sign=True)} points of final accuracy "
+        f"({row['area'].count} pairs)."
     )
 
 
 def first_line(results: Results, task: str) -> str:
-    """What is and is not known, of the methods that are compared with GRPO, G = 8."""
-    judged: dict[str, list[str]] = {}
-    for row in claims(results, task):
-        if row["base"] == "grpo_8":
-            words = f"{METHOD_NAMES[row['method']]} ({row['area'].text(sign=True)}, {row['area'].count} pairs)"
-            judged.setdefault(verdict(row["area"], row["p_area"]), []).append(words)
-    won = any("IB-TPO" in words for words in judged.get("better", []))
-    opening = "learns more than" if won else "is not shown to learn more than"
-    parts = [
-        f"On the task `{task}`, IB-TPO {opening} GRPO with 8 completions from the same number of generated tokens."
-    ]
-    parts += [f"{kind[0].upper()}{kind[1:]}: {'; '.join(names)}." for kind, names in sorted(judged.items())]
-    return " ".join(parts) + "\n"
+    """What is and is not known of IB-TPO and GRPO with 8 completions."""
+    row = claims(results, task)[0]
+    opening = {
+        "better": "IB-TPO learns more than GRPO with 8 completions",
+        "worse": "IB-TPO learns less than GRPO with 8 completions",
+        "undecided": "IB-TPO cannot be told from GRPO with 8 completions",
+        "not known": "Whether IB-TPO learns more than GRPO with 8 completions",
+    }[verdict(row["area"], row["p_area"])]
+    ending = {"not known": " is not known yet"}.get(verdict(row["area"], row["p_area"]), "")
+    done, started = (sum(run.task == task for run in runs) for runs in (results.complete, results.started))
+    return (
+        f"{opening} from the same number of generated tokens{ending}, on the small task `{task}` "
+        f"({row['area'].count} pairs of runs; {done} runs of all methods are done, of {started} started).\n"
+    )
+
+
+def claim_list(results: Results, task: str) -> str:
+    rows = claims(results, task)
+    lines = [f"- {sentence(row)}" for row in rows if row["area"].count > 1]
+    unknown = [f"{name_of(row['method'])} against {name_of(row['base'])}" for row in rows if row["area"].count < 2]
+    if unknown:
+        lines.append(f"- Not known, for want of runs (fewer than two pairs): {'; '.join(unknown)}.")
+    return "\n".join(lines) + "\n"
 
 
 def generated_part(results: Results) -> str:
@@ -391,10 +407,7 @@ def generated_part(results: Results) -> str:
         "Figures are differences in points of accuracy with their 95% intervals; see below for what was measured.\n"
     )
     for task in results.tasks():
-        title = f"## Task `{task}`\n"
-        parts.append(title)
-        parts += [f"- {sentence(results, task, row)}\n" for row in claims(results, task)]
-        parts.append("")
+        parts += [f"## Task `{task}`\n", claim_list(results, task)]
         if any(row["final"].count > 1 for row in claims(results, task)):
             parts.append(f"![Paired differences](images/differences_{task}.png)\n")
         parts.append(claim_table(results, task))

@@ -102,7 +102,7 @@ def test_every_run_that_was_started_is_in_the_tables(results_file):
     for task in results.tasks():
         table = learning_report.run_table(results, task)
         missing = [run for run in results.started if run.task == task and run not in results.complete]
-        assert table.count("cut off") + table.count("failed") == len(missing)
+        assert table.count("not done") + table.count("failed") == len(missing)
 
 
 def test_what_was_cut_off_does_not_count(tmp_path):
