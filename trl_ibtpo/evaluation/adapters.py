@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its `max_lora_rank` may be
 
 
