@@ -63,7 +63,7 @@ def count_by_hand(path: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
-def test_figures_equal_a_hand_count(command, engine, tmp_path, capsys):
+def test_figures_equal_a_hand_count(command, engine, tmp_path, capfd):
     arguments = command("--k", "1", "2", "4", engine=engine)
     assert main(arguments) == 0
     right = count_by_hand(tmp_path / "samples.jsonl")
@@ -78,7 +78,7 @@ def test_figures_equal_a_hand_count(command, engine, tmp_path, capsys):
     }
     found = figures(tmp_path / "samples.json")
     assert found == pytest.approx(expected, abs=1e-12)
-    printed, said = capsys.readouterr()
+    printed, said = capfd.readouterr()
     assert "50 questions" in printed
     assert f"{expected['avg@4']:.2%}" in printed and f"{expected['pass@4']:.2%}" in printed
     assert f"with {engine}" in said and said.index("Loading ") < said.index("Evaluating")

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its `max_lora_rank` may be
+
 
 def base_of(model: str) -> str | None:
     """The model that an adapter was trained on; `None` where `model` is a model itself."""
@@ -12,9 +14,10 @@ def base_of(model: str) -> str | None:
 
 
 def rank_of(model: str) -> int:
-    """The largest rank in an adapter."""
+    """The smallest `max_lora_rank` of vLLM that holds an adapter; its largest where none does, which vLLM refuses."""
     settings = _settings_of(model)
-    return max([settings["r"], *(settings.get("rank_pattern") or {}).values()])
+    rank = max([settings["r"], *(settings.get("rank_pattern") or {}).values()])
+    return next((each for each in VLLM_RANKS if each >= rank), VLLM_RANKS[-1])
 
 
 def _settings_of(model: str) -> dict[str, Any] | None:
