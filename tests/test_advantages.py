@@ -1,6 +1,7 @@
 """Step advantages against the trees worked out in `test_scores`, and the properties training relies on."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_scores import NAN, TREES, build, leaves_under, trees
 
-from trl_ibtpo.advantages import grpo, ibtpo, per_token
+from trl_ibtpo.advantages import grpo, ibtpo, per_token, step_weights, token_advantages
 from trl_ibtpo.scores import score_tree
 
 
@@ -95,6 +96,114 @@ def test_per_token_repeats_a_step_over_its_tokens():
     assert per_token(tree, 0, np.array([1.0, 2.0])).tolist() == [1, 1, 2, 2, 2]
     # The second trajectory inherits step 1 with its two tokens.
     assert per_token(tree, 1, np.array([1.0, 3.0, 4.0])).tolist() == [1, 1, 3, 4, 4]
+
+
+# ----- weights of shared tokens --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A tree, what the steps of each trajectory weigh, and what each step weighs in all (`sampled`)."""
+
+    rollouts: list
+    once: list[list[float]]
+    sampled: list[float]  # the same at every step of a trajectory
+    sampled_in_all: list[float]
+
+
+WEIGHTS = {
+    # 0 +- 1 +- 2          leaf 0: G = 4, two children at the question, three at step 1: 4 / (2 * 3)
+    #   |    +- 4          leaf 2
+    #   |    +- 5 -- 6     leaf 3
+    #   +- 3               leaf 1: 4 / 2
+    "a step branched twice": Weights(
+        [(0, [0.5, 0.5]), (0, [0.5]), (1, [0.5]), (1, [0.5, 0.5])],
+        once=[[1 / 3, 1], [1], [1 / 3, 1], [1 / 3, 1, 1]],
+        sampled=[2 / 3, 2, 2 / 3, 2 / 3],
+        sampled_in_all=[4, 2, 2 / 3, 2, 2 / 3, 2 / 3, 2 / 3],  # the initial rollouts weigh 2 each
+    ),
+    # 0 +- 1 +- 2          leaf 0: 5 / (2 * 2)
+    #   |    +- 4 +- 5     leaf 2: 5 / (2 * 2 * 2)
+    #   |         +- 6     leaf 3, a branch of a branch
+    #   +- 3 -- 7          leaf 1: 5 / 2; step 3 is continued by its own rollout alone
+    #   (no branch there)
+    "a branch of a branch": Weights(
+        [(0, [0.5, 0.5]), (1, [0.5, 0.5]), (3, [0.5]), (0, [0.5, 0.5])],
+        once=[[1 / 3, 1], [1 / 3, 1 / 2, 1], [1 / 3, 1 / 2, 1], [1, 1]],
+        sampled=[1, 1 / 2, 1 / 2, 2],
+        sampled_in_all=[4, 2, 1, 1, 1 / 2, 1 / 2, 2, 2],
+    ),
+    # 0 +- 1, +- 2, +- 3   a branch from the question is one more initial rollout
+    "branches at the question": Weights(
+        [(0, [0.5]), (0, [0.5]), (0, [0.5])],
+        once=[[1], [1], [1]],
+        sampled=[1, 1, 1],
+        sampled_in_all=[3, 1, 1, 1],
+    ),
+    # 0 -- 1 -- 2
+    "a single leaf": Weights([(0, [0.5, 0.5])], once=[[1, 1]], sampled=[1], sampled_in_all=[1, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_hand_worked_weights(name):
+    worked = WEIGHTS[name]
+    tree = build(worked.rollouts)
+    paths = [tree.path(leaf) for leaf in tree.leaves]
+    assert [list(weights) for weights in step_weights(tree, "per_trajectory")] == [[1.0] * len(path) for path in paths]
+    for found, expected in zip(step_weights(tree, "once"), worked.once, strict=True):
+        np.testing.assert_allclose(found, expected)
+    sampled = step_weights(tree, "sampled")
+    for found, expected, path in zip(sampled, worked.sampled, paths, strict=True):
+        np.testing.assert_allclose(found, [expected] * len(path))
+    np.testing.assert_allclose(in_all(tree, sampled), worked.sampled_in_all)
+
+
+def in_all(tree, weights: list[np.ndarray]) -> np.ndarray:
+    """What each step weighs over all trajectories through it; all trajectories pass through the question."""
+    total = np.zeros(len(tree))
+    for leaf, values in zip(tree.leaves, weights, strict=True):
+        total[tree.path(leaf)] += values
+        total[0] += values[0]
+    return total
+
+
+@settings(max_examples=100, deadline=None, database=None)
+@given(trees())
+def test_sampled_weights_pass_from_a_step_to_its_children(drawn):
+    """The definition, on any tree: a step weighs its parent's weight over the number of children, the question G."""
+    tree, _ = drawn
+    total = in_all(tree, step_weights(tree, "sampled"))
+    assert total[0] == pytest.approx(len(tree.leaves))
+    for step, each in enumerate(tree.steps):
+        for child in each.children:
+            assert total[child] == pytest.approx(total[step] / len(each.children))
+    np.testing.assert_allclose(in_all(tree, step_weights(tree, "once"))[1:], 1)
+
+
+def test_weights_multiply_what_the_loss_gets_and_nothing_that_is_logged():
+    # 0 +- 1 (two tokens) +- 2 right
+    #   |                 +- 4 (two tokens) wrong, branched
+    #   +- 3 wrong
+    tree = build([(0, [(0.5, 0.5), 0.5]), (0, [0.5]), (1, [(0.5, 0.5)])], [1, 0, 0])
+    advantage_L = np.array([2.0, -1.0, -1.0])
+    found = {
+        kind: token_advantages(tree, score_tree(tree, beta=5), advantage_L, ib_coef=0, shared_token_weight=kind)
+        for kind in ("per_trajectory", "once", "sampled")
+    }
+    # A_GL of step 1: (2 - 1) / 2. Sampled: G = 3, two children at the question and at step 1.
+    assert [list(values) for values in found["per_trajectory"].values] == [[0.5, 0.5, 2], [-1], [0.5, 0.5, -1, -1]]
+    assert [list(values) for values in found["once"].values] == [[0.25, 0.25, 2], [-1], [0.25, 0.25, -1, -1]]
+    assert [list(values) for values in found["sampled"].values] == [
+        [0.375, 0.375, 1.5],
+        [-1.5],
+        [0.375, 0.375, -0.75, -0.75],
+    ]
+    for terms in zip(*(each.global_terms for each in found.values()), strict=True):
+        assert all(np.array_equal(terms[0], other) for other in terms)
+
+
+# ----- properties ----------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=150, deadline=None, database=None)

@@ -190,6 +190,7 @@ def test_kl_off_and_on(config, model_path, beta):
         {"num_iterations": 2},
         {"steps_per_generation": 4, "per_device_train_batch_size": 6},
         {"shared_token_weight": "once"},
+        {"shared_token_weight": "sampled", "branching": "confidence", "gradient_accumulation_steps": 2},
         {"step_confidence": "joint"},
         {"branching": "independent"},
         {"branching": "random", "allow_root_branching": True, "allow_repeated_branching": False},

@@ -183,7 +183,12 @@ ROWS = {
     "unknown weight": (
         {"shared_token_weight": "twice"},
         ValueError,
-        r"`shared_token_weight` is 'twice'; .* \['per_trajectory', 'once'\]",
+        r"`shared_token_weight` is 'twice'; .* \['per_trajectory', 'once', 'sampled'\]",
+    ),
+    "sampled weights and picks by reward": (
+        {"shared_token_weight": "sampled", "branching": "ib"},
+        ValueError,
+        "`shared_token_weight` is 'sampled', .* `branching` is 'ib', which looks at rewards: .* Use .*'confidence'",
     ),
     "no delimiter": ({"step_delimiter": ""}, ValueError, r"`step_delimiter` is ''; it must be the text .* '\\n\\n'"),
     "delimiter as a number": (

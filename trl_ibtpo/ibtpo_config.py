@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from math import isfinite, lcm
 from numbers import Real
-from typing import Any
+from typing import Any, get_args
 
 from trl import GRPOConfig
 
-from .advantages import ADVANTAGES
+from .advantages import ADVANTAGES, SharedTokenWeight
 from .branching import STRATEGIES
 from .growth import GrowthSettings
 
@@ -144,8 +144,11 @@ class IBTPOConfig(GRPOConfig):
         ib_coef (`float`, *optional*, defaults to `0.1`):
             Weight of the local term \( A_{IB} \). The paper's \( \lambda \).
         shared_token_weight (`str`, *optional*, defaults to `"per_trajectory"`):
-            Weight of a token that several trajectories share in the policy loss: once for each of them, or `"once"`
-            in all. The KL term always counts once per trajectory.
+            Weight of a token that several trajectories share in the policy loss: `"per_trajectory"` counts it once
+            for each of them, `"once"` once in all, and `"sampled"` as the sample of the policy that it is: the
+            initial rollouts weigh alike however often they were branched, and each of `c` continuations of a step
+            weighs \( 1/c \) of it. `"sampled"` needs a `branching` that does not look at rewards. KL and entropy
+            terms always count once per trajectory.
 
         > Parameters that control the forward pass
 
@@ -325,9 +328,9 @@ class IBTPOConfig(GRPOConfig):
     shared_token_weight: str = field(
         default="per_trajectory",
         metadata={
-            "help": "Weight of a token that several trajectories share in the policy loss: once for each of them, or "
-            "once in all.",
-            "choices": ["per_trajectory", "once"],
+            "help": "Weight of a token that several trajectories share in the policy loss: once for each of them, "
+            "once in all, or as the sample of the policy that it is.",
+            "choices": list(get_args(SharedTokenWeight)),
         },
     )
 
@@ -342,6 +345,7 @@ class IBTPOConfig(GRPOConfig):
 
     def __post_init__(self):
         self._check_tree()
+        self._check_credit()
         group = self.growth_settings.leaves
         if self.num_generations not in (None, group):
             raise ValueError(
@@ -369,9 +373,14 @@ class IBTPOConfig(GRPOConfig):
         return self.branching != "independent" and self.tree_levels > 1
 
     @property
+    def branches_by_reward(self) -> bool:
+        """Whether rewards decide where trees branch."""
+        return self.branches and self.branching == "ib"
+
+    @property
     def success_steers(self) -> bool:
         """Whether success decides where trees branch, or what their steps are worth."""
-        return (self.branches and self.branching == "ib") or (self.advantage == "ibtpo" and self.ib_coef != 0)
+        return self.branches_by_reward or (self.advantage == "ibtpo" and self.ib_coef != 0)
 
     def _check_tree(self) -> None:
         for names, holds, rule in RULES:
@@ -389,6 +398,16 @@ class IBTPOConfig(GRPOConfig):
             )
         if self.success_range is not None:
             self.success_range = tuple(self.success_range)
+
+    def _check_credit(self) -> None:
+        """Combinations that would train on something else than they say."""
+        if self.shared_token_weight == "sampled" and self.branches_by_reward:
+            raise ValueError(
+                f"`shared_token_weight` is 'sampled', which takes the children of a step for equal samples of the "
+                f"policy, but `branching` is {self.branching!r}, which looks at rewards: a step that is branched "
+                "because its first answers were right has children whose answers are right more often than the "
+                "policy's. Use `branching='confidence'` or 'random', or `shared_token_weight='once'`."
+            )
 
     def _check_whole_trees(self) -> None:
         """Trees never span processes, so each process must generate whole trees."""
