@@ -28,7 +28,8 @@ def test_pure_floors_load_neither_torch_nor_trl(module):
 
 # From the bottom up: a file imports from floors below its own, and no two files import each other.
 FLOORS = [
-    ["steps", "tree", "engines/base", "training/time_limit", "training/hooks", "prefix_sharing/trie", "viewing/lines"],
+    ["steps", "tree", "engines/base", "training/time_limit", "training/environments", "training/hooks"],
+    ["prefix_sharing/trie", "viewing/lines"],
     [
         "scores",
         "prefix_sharing/attention",
@@ -40,8 +41,10 @@ FLOORS = [
     ["growth"],
     ["viewing/drawing"],
     ["viewing/text"],
-    ["engines/transformers", "engines/vllm", "engines/vllm_server", "engines/vllm_cpu", "ibtpo_config"],
+    ["engines/transformers", "engines/vllm", "engines/vllm_server", "engines/vllm_cpu", "engines/turns"],
+    ["ibtpo_config"],
     ["training/rewards", "training/checks", "training/metrics", "training/model_card", "evaluation/samples"],
+    ["training/tools"],
     ["training/generation", "evaluation/questions", "evaluation/harness"],
     ["ibtpo_trainer"],
     ["cli/common"],

@@ -129,6 +129,6 @@ def step_weights(tree: RolloutTree, kind: SharedTokenWeight) -> list[np.ndarray]
 
 
 def per_token(tree: RolloutTree, leaf: int, values_S: np.ndarray) -> np.ndarray:
-    """Spread one value per step of trajectory `leaf` over its tokens; `(S,)` to `(T,)`."""
+    """Spread one value per step of trajectory `leaf` over its tokens, 0 on observations; `(S,)` to `(T,)`."""
     ends_S = tree.ends()[tree.path(tree.leaves[leaf])]
-    return np.repeat(values_S, np.diff(ends_S, prepend=0))
+    return np.repeat(values_S, np.diff(ends_S, prepend=0)) * tree.sampled(leaf)

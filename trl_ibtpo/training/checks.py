@@ -38,6 +38,13 @@ NO_IMAGES = (
 )
 
 
+DIFFERENT_PROMPTS = (
+    "`reset` of the environment {name} gave different prompts for one row: {prompts}. A tree has one question, so "
+    "`reset` must depend on its arguments alone. Give the dataset a column that decides the task, for example `seed`, "
+    "and use it: `def reset(self, seed, **kwargs): self.rng = random.Random(seed)`."
+)
+
+
 def refuse_unsupported(
     model: Any,
     reward_funcs: Any,
@@ -48,21 +55,21 @@ def refuse_unsupported(
     kwargs: dict[str, Any],
 ) -> None:
     """Say before anything is loaded what cannot work, and what to do instead."""
-    for name in ("tools", "environment_factory", "rollout_func"):
-        if kwargs.get(name):
-            raise ValueError(
-                f"`{name}` is not supported: a tree branches inside a single completion. Leave it out, or train with "
-                "TRL's GRPOTrainer."
-            )
+    if kwargs.get("rollout_func"):
+        raise ValueError(
+            "`rollout_func` is not supported: it samples whole completions by itself, which a tree has to branch. "
+            "Give what it calls as `tools=` or `environment_factory=`, or train with TRL's GRPOTrainer."
+        )
     if args.use_transformers_continuous_batching:
         raise ValueError(
             "`use_transformers_continuous_batching` is not supported: it cannot give each rollout its own token "
             "budget. Leave it off, or set `use_vllm=True`."
         )
     _check_model(model, args, processing_class, kwargs)
-    _check_reward_funcs(reward_funcs)
+    if reward_funcs or not kwargs.get("environment_factory"):  # an environment may have rewards of its own
+        _check_reward_funcs(reward_funcs)
     _check_generation_kwargs(args)
-    _check_dataset(train_dataset, args)
+    _check_dataset(train_dataset, args, kwargs.get("environment_factory"))
     _check_columns(train_dataset, eval_dataset, args)
     if args.use_vllm:
         _check_vllm_arguments(args)
@@ -202,11 +209,13 @@ def _check_reward_funcs(reward_funcs: Any) -> None:
             )
 
 
-def _check_dataset(dataset: Any, args: GRPOConfig) -> None:
+def _check_dataset(dataset: Any, args: GRPOConfig, environment_factory: Any) -> None:
+    if dataset is None and environment_factory:
+        return  # TRL makes rows of its own
     if dataset is None:
         raise ValueError("`train_dataset` is required; it must have a column 'prompt'.")
     columns = getattr(dataset, "column_names", None)
-    if columns is not None and "prompt" not in columns:
+    if columns is not None and "prompt" not in columns and not environment_factory:
         raise ValueError(
             f"`train_dataset` has no column 'prompt' (it has: {', '.join(map(str, columns)) or 'none'}). Rename the "
             "question's column, for example `dataset.rename_column('question', 'prompt')`."
@@ -225,7 +234,15 @@ def _check_dataset(dataset: Any, args: GRPOConfig) -> None:
 
 
 # What the trainer gives to reward functions under names of its own, beside the columns of the dataset.
-REWARD_ARGUMENTS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+REWARD_ARGUMENTS = {
+    "prompts",
+    "completions",
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+    "environments",
+}
 
 
 def _check_columns(train_dataset: Any, eval_dataset: Any, args: GRPOConfig) -> None:
@@ -246,14 +263,27 @@ def refuse_columns(columns: Iterable[str], dataset: str) -> None:
             )
 
 
-def check_rows(rows: list[dict[str, Any]]) -> None:
-    """Raise where a row has no prompt that can be continued; streamed rows are seen here first."""
+def check_rows(rows: list[dict[str, Any]], tools: Sequence[Any] = (), environments: Any = None) -> None:
+    """Raise where a row has no prompt that can be continued; streamed rows are seen here first.
+
+    Args:
+        rows: dataset rows.
+        tools: with any, prompts are messages.
+        environments: with any, they may make the prompt.
+    """
     for row in rows:
         if {"image", "images"} & row.keys():
             raise ValueError(NO_IMAGES)
         refuse_columns(row, "train_dataset")
         prompt = row.get("prompt")
+        if isinstance(prompt, str) and not tools:
+            continue
         if isinstance(prompt, str):
+            raise ValueError(
+                f"The column 'prompt' of `train_dataset` holds the text {prompt!r}, but tools need messages, which "
+                "the chat template renders with them. Give [{'role': 'user', 'content': ...}]."
+            )
+        if prompt is None and environments is not None:
             continue
         if not (prompt and isinstance(prompt, list) and all(_is_message(message) for message in prompt)):
             raise ValueError(

@@ -35,8 +35,9 @@ def rung_of(environment: Any, otherwise: EnvironmentBranching) -> Rung:
     return "snapshot" if all(has) else otherwise
 
 
-def check_environment(environment: Any, name: str, otherwise: EnvironmentBranching) -> None:
+def check_environment(environment: Any, otherwise: EnvironmentBranching) -> None:
     """Raise where no branch could have this environment as it was, before anything is trained."""
+    name = type(environment).__name__
     for there, missing in (("_snapshot", "_restore"), ("_restore", "_snapshot")):
         if hasattr(environment, there) and not hasattr(environment, missing):
             raise ValueError(
@@ -63,9 +64,7 @@ def close(environment: Any) -> None:
     try:
         closing()
     except Exception as error:
-        logger.warning(
-            f"Closing the environment {type(environment).__name__} raised {type(error).__name__}: {error}."
-        )
+        logger.warning(f"Closing the environment {type(environment).__name__} raised {type(error).__name__}: {error}.")
 
 
 class Environments:
@@ -88,7 +87,9 @@ class Environments:
     def save(self, row: int) -> Any:
         """What a branch needs to have the environment of `row` as it is now."""
         environment = self.instances[row]
-        return {"snapshot": self._snapshot, "deepcopy": self._copy, "replay": lambda _: None}[self.rung(row)](environment)
+        return {"snapshot": self._snapshot, "deepcopy": self._copy, "replay": lambda _: None}[self.rung(row)](
+            environment
+        )
 
     def restore(self, row: int, state: Any) -> None:
         """Put the environment of `row` into a saved state; not for replay."""

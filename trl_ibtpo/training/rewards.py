@@ -73,6 +73,9 @@ class RewardScorer:
 
     Args:
         inputs: dataset rows, one per leaf: G equal rows per tree, trees in order.
+        prompts: one per leaf, with what its environment has added to that of the row.
+        environments: one per leaf, where there are any.
+        failed_rows: says of which leaves the environment is broken: no function sees these, they have no reward.
         leaves_per_tree: G.
         reward_funcs, reward_names, reward_processing_classes: as in TRL's trainer.
         success_index: the reward function that says how right a leaf is.
@@ -91,6 +94,9 @@ class RewardScorer:
         self,
         *,
         inputs: Sequence[dict[str, Any]],
+        prompts: Sequence[Any],
+        environments: Sequence[Any] | None = None,
+        failed_rows: Callable[[], set[int]] = set,
         leaves_per_tree: int,
         reward_funcs: Sequence[Callable | nn.Module],
         reward_names: Sequence[str],
@@ -110,7 +116,8 @@ class RewardScorer:
         self.decoded: list = [None] * len(inputs)  # the same as text, before
         self.extra_columns: dict[str, list] = {}
         self.metrics: dict[str, list[tuple[float, int]]] = {}  # value and number of leaves of each call
-        self._inputs = inputs
+        self._inputs, self._prompts, self._environments = inputs, prompts, environments
+        self._failed_rows = failed_rows
         self._leaves_per_tree = leaves_per_tree
         self._reward_funcs = reward_funcs
         self._reward_names = reward_names
@@ -127,20 +134,30 @@ class RewardScorer:
 
     def submit(self, leaves: Sequence[tuple[int, int, list[int]]]) -> None:
         rows = [tree * self._leaves_per_tree + number for tree, number, _ in leaves]
-        completion_ids = [ids for _, _, ids in leaves]
-        completions = self._decode(completion_ids, rows)
-        inputs = [self._inputs[row] for row in rows]
-        for row, completion in zip(rows, completions, strict=True):
+        completion_ids = {row: ids for row, (_, _, ids) in zip(rows, leaves, strict=True)}
+        decoded = self._decode(list(completion_ids.values()), rows)
+        for row, completion in zip(rows, decoded, strict=True):
             self.completions[row], self.decoded[row] = completion, repr(completion)
+        failed = self._failed_rows()
+        if failed & set(rows):
+            self._calls.append(_Call([row for row in rows if row in failed], arguments={}))
+        rows = [row for row in rows if row not in failed]
+        if rows:
+            self._score(rows, [completion_ids[row] for row in rows])
+
+    def _score(self, rows: list[int], completion_ids: list[list[int]]) -> None:
+        """Call every function for these rows."""
+        inputs = [self._inputs[row] for row in rows]
         columns = [key for key in inputs[0] if key not in ("prompt", "completion", "completion_ids")]
         call = _Call(
             rows=rows,
             arguments={
                 **{key: [row[key] for row in inputs] for key in columns},
-                "prompts": [row["prompt"] for row in inputs],
-                "completions": completions,
+                "prompts": [self._prompts[row] for row in rows],
+                "completions": [self.completions[row] for row in rows],
                 "completion_ids": completion_ids,
                 **self._shared_arguments,
+                **({} if self._environments is None else {"environments": [self._environments[row] for row in rows]}),
                 "log_extra": lambda column, values: self._log_extra(rows, column, values),
                 "log_metric": lambda name, value: self.metrics.setdefault(name, []).append((value, len(rows))),
             },

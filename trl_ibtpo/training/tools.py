@@ -20,7 +20,7 @@ from trl import GRPOTrainer
 from trl.chat_template_utils import parse_response
 
 from ..engines.base import RolloutRequest
-from .environments import EnvironmentFailed, Environments, same_prompt
+from .environments import EnvironmentFailed, Environments, close, same_prompt
 from .time_limit import LimitedCalls, LimitReached, TooManyStuckCalls
 
 logger = logging.get_logger(__name__)
@@ -29,6 +29,10 @@ NO_TOOL_IMAGES = (
     "A tool returned an image, which is not supported: a tree branches text prefixes. Return text that describes it, "
     "or train with TRL's GRPOTrainer."
 )
+
+
+# What TRL takes for the prompt of a row that leaves it to the environment.
+NO_PROMPT = [{"role": "user", "content": ""}]
 
 
 @dataclass
@@ -142,13 +146,38 @@ class ToolHost:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self.limit.interrupt_stuck()
         if self.environments is not None:
+            self.discard_broken()
             self.environments.close_copies()
 
     # ----- for the trainer -------------------------------------------------------------------------------------------
 
+    def counts(self) -> dict[str, int]:
+        """What is logged, by metric."""
+        counts = {}
+        if self.environments is not None:
+            counts = {
+                "tree/restored": self.restored,
+                "tree/replayed": self.replayed,
+                "tree/replay_mismatch": self.mismatches,
+            }
+        if self.limit.seconds is not None:
+            counts["tools/timeouts"] = self.timeouts
+        return counts
+
     def failed_rows(self) -> set[int]:
         """Rows whose environment is broken."""
         return {row for row, conversation in self.conversations.items() if conversation.failed}
+
+    def discard_broken(self) -> None:
+        """Close environments that failed, and take them from those that TRL uses again."""
+        for row in self.failed_rows():
+            broken = self._as_reset[row]
+            pool = self._trainer._environment_pool[self._trainer._batch_environments[row]]
+            pool[:] = [environment for environment in pool if environment is not broken]
+            try:
+                self.limit.call("_close", partial(close, broken))
+            except LimitReached:
+                logger.warning(f"Closing the environment {type(broken).__name__} took longer than `tool_timeout`.")
 
     def completion(self, row: int) -> list[dict[str, Any]]:
         """The messages of a trajectory, which the caller may change."""
@@ -191,7 +220,7 @@ class ToolHost:
                 return request
             self.count("mismatches")
             observation = self.environments.reset(row, self._reset_arguments(row))
-            if not same_prompt(self._prompts[row], self._inputs[row]["prompt"], observation):
+            if not same_prompt(self._prompts[row], self._inputs[row].get("prompt", NO_PROMPT), observation):
                 raise EnvironmentFailed(
                     f"reset of {type(self.environments.instances[row]).__name__} gave another prompt for the same row"
                 )

@@ -1,0 +1,264 @@
+"""Small worlds for trees over turns: a tokenizer that renders tools, tools, environments, and scripted trainers."""
+
+import asyncio
+import contextlib
+import json
+import random
+from collections.abc import Callable
+
+import tiny
+from datasets import Dataset
+from trl import GRPOTrainer
+
+from trl_ibtpo import IBTPOTrainer
+from trl_ibtpo.engines.base import Rollout
+
+TEMPLATE = (
+    "{% if tools %}<|im_start|>tools{% for tool in tools %} {{ tool.function.name }}{% endfor %}<|im_end|>\n"
+    "{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{{ message.content if message.content is string else message.content[0].text }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+RESPONSE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|im_start|>assistant\n",
+    "fields": {
+        "tool_calls": {
+            "open": "<tool_call>",
+            "close_pattern": "</tool_call>\\s*",
+            "repeats": True,
+            "content": "json",
+            "transform": {"type": "function", "function": "{content}"},
+        },
+        "content": {"close_pattern": "<\\|im_end\\|>\\s*", "content": "text"},
+    },
+}
+
+
+def tokenizer():
+    """Byte-level, with a chat template in the form of Qwen's."""
+    found = tiny.byte_level_tokenizer()
+    found.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    found.chat_template = TEMPLATE
+    found.response_template = RESPONSE
+    return found
+
+
+def call(name: str, **arguments) -> str:
+    return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+
+
+def rows(count: int = 8, **columns) -> Dataset:
+    """Questions with a seed for environments."""
+    return Dataset.from_list(
+        [
+            {"prompt": [{"role": "user", "content": f"Question {seed}: "}], "seed": seed, **columns}
+            for seed in range(count)
+        ]
+    )
+
+
+# ----- tools ---------------------------------------------------------------------------------------------------------
+
+
+def add(a: int, b: int) -> int:
+    """
+    Add two numbers.
+
+    Args:
+        a: The first.
+        b: The second.
+    """
+    return a + b
+
+
+async def double(a: int) -> int:
+    """
+    Double a number.
+
+    Args:
+        a: The number.
+    """
+    await asyncio.sleep(0.001)
+    return 2 * a
+
+
+def explode(what: str) -> str:
+    """
+    Raise an error.
+
+    Args:
+        what: What to say.
+    """
+    raise ValueError(f"no {what} <b>today</b>")
+
+
+def much(a: int) -> str:
+    """
+    Say a lot.
+
+    Args:
+        a: How much.
+    """
+    return "x" * a
+
+
+# ----- environments --------------------------------------------------------------------------------------------------
+
+
+class Counter:
+    """A number that actions change, and a history that tells two ways to one number apart."""
+
+    alive: list["Counter"] = []  # noqa: RUF012 - those that were made and not closed
+
+    def __init__(self):
+        self.value, self.history, self.closed = 0, [], 0
+        type(self).alive.append(self)
+
+    def reset(self, seed: int, **kwargs) -> str:
+        self.value, self.history = seed, []
+        return f"The number is {seed}."
+
+    def add(self, by: int) -> str:
+        """
+        Add to the number.
+
+        Args:
+            by: How much.
+        """
+        self.history.append(("add", by))
+        self.value += by
+        return f"It is {self.value} now."
+
+    async def multiply(self, by: int) -> str:
+        """
+        Multiply the number.
+
+        Args:
+            by: With what.
+        """
+        await asyncio.sleep(0.001)
+        self.history.append(("multiply", by))
+        self.value *= by
+        return f"It is {self.value} now."
+
+    def get_reward(self) -> float:
+        return float(self.value % 2)
+
+    def _state(self):
+        return self.value, list(self.history)
+
+    def _close(self):
+        self.closed += 1
+        type(self).alive.remove(self)
+
+
+class WithSnapshots(Counter):
+    alive: list["Counter"] = []  # noqa: RUF012
+
+    def _snapshot(self):
+        return self._state()
+
+    def _restore(self, state):
+        self.value, self.history = state[0], list(state[1])
+
+
+class Copied(Counter):
+    alive: list["Counter"] = []  # noqa: RUF012
+
+    def __deepcopy__(self, memo):
+        other = type(self)()
+        other.value, other.history = self._state()
+        return other
+
+
+# ----- scripts -------------------------------------------------------------------------------------------------------
+
+# Says what comes next, from a random number generator and how many turns there were: tool calls, or an answer.
+Script = Callable[[random.Random, int], str]
+
+
+def turn_ids(tokenizer, script: Script, prefix_ids: list[int], seed: int, turns: int, budget: int) -> list[int]:
+    """A turn that depends on what came before it and a seed."""
+    text = script(random.Random(repr((prefix_ids, seed))), turns)
+    return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id][:budget]
+
+
+class ScriptedGRPOTrainer(GRPOTrainer):
+    """TRL's trainer on scripted turns: those of a row differ in the first one, what follows depends on that."""
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        opening = len(prompt_ids) == len(self._sync_tool_dicts) and not self._opened
+        self._opened = True
+        turns = [
+            turn_ids(self._tokenizer, self.script, ids, row if opening else 0, 0 if opening else 1, 10**6)
+            for row, ids in enumerate(prompt_ids)
+        ]
+        turns = [ids[: self.max_completion_length] for ids in turns]  # as `max_new_tokens` would
+        return turns, None
+
+    def _generate(self, prompts):
+        self._opened = False
+        return super()._generate(prompts)
+
+
+class ScriptedEngine:
+    """Answers requests with scripted turns."""
+
+    max_length, clock = None, "polls"
+
+    def __init__(self, trainer):
+        self.trainer, self.queue, self.opened = trainer, [], {}
+
+    def submit(self, requests):
+        self.queue += requests
+
+    def poll(self):
+        queue, self.queue = self.queue, []
+        rollouts = []
+        for request in queue:
+            tree, leaf = request.request_id
+            turns = self.opened.get(request.request_id, 0)
+            self.opened[request.request_id] = turns + 1
+            row = tree * self.trainer.num_generations + leaf
+            ids = turn_ids(
+                self.trainer._tokenizer,
+                self.trainer.script,
+                request.prefix_ids,
+                0 if turns else row,
+                min(turns, 1),
+                request.max_tokens,
+            )
+            rollouts.append(Rollout(request.request_id, ids, [-0.5] * len(ids)))
+        return rollouts
+
+    def generated(self, request_id):
+        return 0
+
+    def abort(self):
+        self.queue = []
+
+
+class ScriptedIBTPOTrainer(IBTPOTrainer):
+    """This package's trainer on the same turns."""
+
+    def _engine(self):
+        return contextlib.nullcontext(ScriptedEngine(self))
+
+
+def build(trainer_class, path, args, script: Script, rewards=None, dataset=None, **kwargs):
+    """A trainer that records every batch as it goes to the loss."""
+    dataset = rows() if dataset is None else dataset
+    trainer = trainer_class(path, rewards, args, dataset, processing_class=tokenizer(), **kwargs)
+    trainer.script, trainer.batches = script, []
+    compute = trainer._generate_and_score_completions
+
+    def record(inputs):
+        output = compute(inputs)
+        trainer.batches.append(output)
+        return output
+
+    trainer._generate_and_score_completions = record
+    return trainer
