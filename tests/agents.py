@@ -262,3 +262,35 @@ def build(trainer_class, path, args, script: Script, rewards=None, dataset=None,
 
     trainer._generate_and_score_completions = record
     return trainer
+
+
+class TickingEngine(ScriptedEngine):
+    """Gives every request one token a poll, as vLLM does, and says how far it is."""
+
+    clock = "tokens"
+
+    def __init__(self, trainer):
+        super().__init__(trainer)
+        self.running = {}
+
+    def poll(self):
+        for rollout in super().poll():
+            self.running[rollout.request_id] = [rollout, 0]
+        for entry in self.running.values():
+            entry[1] += 1
+        done = [rollout for rollout, made in self.running.values() if made == len(rollout.token_ids)]
+        for rollout in done:
+            del self.running[rollout.request_id]
+        return done
+
+    def generated(self, request_id):
+        return self.running.get(request_id, (None, 0))[1]
+
+    def partial(self, request_id, start, stop):
+        rollout, made = self.running[request_id]
+        assert stop <= made
+        return rollout.token_ids[start:stop], rollout.logprobs[start:stop]
+
+    def abort(self):
+        super().abort()
+        self.running.clear()
