@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_ibtpo.advantages import ibtpo, per_token
+from trl_ibtpo.branching import STRATEGIES, make_strategy, uses_rewards, without_rewards
 from trl_ibtpo.engines.base import Rollout
 from trl_ibtpo.growth import CANDIDATES_KEPT, GrowthSettings, TreeGrower, drive
 from trl_ibtpo.scores import score_tree
@@ -114,8 +115,8 @@ class Scorer:
             self.pending.append((tree, number, self._success_of(completion_ids)))
 
     def collect(self, wait):
-        assert wait == (not self.engine.in_flight)  # never hold up an engine that has work
-        assert self.engine.in_flight or self.pending, "growth is stuck: nothing is under way"
+        assert not (wait and self.engine.in_flight)  # never hold up an engine that has work
+        assert not wait or self.pending, "growth is stuck: nothing is under way"
         least = 1 if wait else 0
         count = self.rng.randint(least, len(self.pending))
         self.rng.shuffle(self.pending)
@@ -312,6 +313,8 @@ def reference(prompt: list[int], growth: GrowthSettings, seeds: list[int]):
         return sum(known) / len(known) if known else None
 
     def answers(node):
+        if growth.branching == "confidence":  # which never sees one: what its children are is all it waits for
+            return len(children[node])
         return sum(density(child) is not None for child in children[node])
 
     def eta2(node):
@@ -523,6 +526,68 @@ def test_no_tree_waits_for_another():
     drive(growers, engine, scorer, on_rollout=lambda: steps_of_first_tree.append(len(growers[0].tree.steps)))
     assert steps_of_first_tree[: growth.leaves] == [1] * growth.leaves  # the root alone
     assert growers[0].done and growers[1].done
+
+
+class SlowScorer(Scorer):
+    """Has no reward for anybody before somebody waits for one; notes how many leaves it had by then."""
+
+    def __init__(self, engine):
+        super().__init__(engine)
+        self.waits = []
+
+    def collect(self, wait):
+        assert not (wait and self.engine.in_flight)
+        if not wait:
+            return []
+        self.waits.append(len(self.seen))
+        done, self.pending = self.pending, []
+        return done
+
+
+@pytest.mark.parametrize("lookahead", [0, 3])
+@pytest.mark.parametrize("branching", list(STRATEGIES))
+def test_a_tree_waits_for_rewards_only_where_its_strategy_looks_at_them(branching, lookahead):
+    growth = GrowthSettings(branching=branching, branch_lookahead=lookahead, max_completion_length=40)
+    growers = [TreeGrower(prompt, growth, Splitter(), (i,)) for i, prompt in enumerate(PROMPTS)]
+    engine = Engine(order=1)
+    scorer = SlowScorer(engine)
+    drive(growers, engine, scorer)
+    if uses_rewards(make_strategy(branching)):
+        assert scorer.waits[0] < len(PROMPTS) * growth.leaves
+    else:
+        assert scorer.waits == [len(PROMPTS) * growth.leaves]  # once, at the very end
+    again = [TreeGrower(prompt, growth, Splitter(), (i,)) for i, prompt in enumerate(PROMPTS)]
+    drive(again, other := Engine(order=2), Scorer(other, order=3))
+    assert [snapshot(grower) for grower in growers] == [snapshot(grower) for grower in again]
+
+
+def test_a_strategy_without_rewards_sees_none():
+    """Whatever has been rewarded by then: what it chooses must not depend on how fast a grader is."""
+    seen = []
+
+    @without_rewards
+    def looks(tree, scores, rng):
+        seen.append([*tree.rewards, *tree.success, *scores.density])
+        return rng.random(len(tree))
+
+    growers = [TreeGrower([9], GrowthSettings(max_completion_length=40), Splitter(), strategy=looks)]
+    drive(growers, engine := Engine(), Scorer(engine, success_of=lambda ids: 1.0))
+    assert len(seen) == 8 and np.isnan(np.concatenate(seen)).all()
+    assert growers[0].tree.rewards == [1.0] * 12
+
+
+def test_a_function_of_ones_own_chooses_steps():
+    def longest_step(tree, scores, rng):
+        return np.diff(tree.ends(), prepend=0)
+
+    growth = GrowthSettings(tree_initial_rollouts=1, tree_levels=2, max_completion_length=8, branching="longest_step")
+    grower = TreeGrower([9], growth, Splitter(), strategy=longest_step)
+    grower.next_requests()
+    grower.add_rollout(0, Rollout((0, 0), [4, 1, 1, 4, 8, 1], [-1.0] * 6))
+    assert grower.next_requests() == []  # it may look at rewards, as far as anybody knows
+    grower.add_reward(0, 1.0)
+    (request,) = grower.next_requests()
+    assert request.prefix_ids == [9, 4, 1, 1, 4]
 
 
 def test_independent_rollouts_are_submitted_at_once():

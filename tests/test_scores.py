@@ -312,7 +312,7 @@ def test_confidence_ranks_as_ib_when_no_reward_is_known(drawn):
     scores = score_tree(tree, beta=5)
     rng = np.random.default_rng(0)
     # (1 + beta)/beta = 1.2
-    np.testing.assert_allclose(ib(scores, rng), 1.2 * confidence(scores, rng), atol=1e-12)
+    np.testing.assert_allclose(ib(tree, scores, rng), 1.2 * confidence(tree, scores, rng), atol=1e-12)
 
 
 # ----- choosing steps ------------------------------------------------------------------------------------------------
@@ -340,9 +340,9 @@ def test_strategies_prefer_what_they_say():
     scores = score_tree(worked.tree, beta=5)
     rng = np.random.default_rng(0)
     inner = np.array([False, True, False, False, False, True, False])  # the steps with children, without the root
-    assert select_steps(ib(scores, rng), inner, 1) == [5]  # -1.08 > -1.35
-    assert select_steps(confidence(scores, rng), inner, 1) == [1]  # mean confidence .5 < .9
-    drawn = {select_steps(random(scores, rng), inner, 1)[0] for _ in range(50)}
+    assert select_steps(ib(worked.tree, scores, rng), inner, 1) == [5]  # -1.08 > -1.35
+    assert select_steps(confidence(worked.tree, scores, rng), inner, 1) == [1]  # mean confidence .5 < .9
+    drawn = {select_steps(random(worked.tree, scores, rng), inner, 1)[0] for _ in range(50)}
     assert drawn == {1, 5}
 
 

@@ -20,7 +20,7 @@ from typing import Protocol
 
 import numpy as np
 
-from .branching import STRATEGIES, select_steps
+from .branching import Strategy, make_strategy, select_steps, uses_rewards
 from .engines.base import Clock, Rollout, RolloutEngine, RolloutRequest
 from .scores import StepConfidence, TreeScores, score_tree
 from .steps import StepSplitter, turn_ends
@@ -91,10 +91,6 @@ class _Branch:
     rollout: Rollout | None = None
     reward: float | None = None  # NaN: unknown for good; None: not known yet
 
-    @property
-    def complete(self) -> bool:
-        return self.rollout is not None and self.reward is not None
-
 
 class TreeGrower:
     """The state machine of one tree.
@@ -113,6 +109,7 @@ class TreeGrower:
         splitter: cuts token ids into steps.
         seed: numbers that identify this tree, from which every rollout's seed is derived.
         clock: the engine's, see `engines.base.Clock`.
+        strategy: in place of the one that `settings.branching` names.
     """
 
     def __init__(
@@ -122,10 +119,13 @@ class TreeGrower:
         splitter: StepSplitter,
         seed: Sequence[int] = (0,),
         clock: Clock = "tokens",
+        strategy: Strategy | None = None,
     ):
         self.tree = RolloutTree(prompt_ids)
         self.settings = settings
         self.name = 0  # its place among the trees that grow together, which `drive` knows
+        self._strategy = strategy if strategy is not None else make_strategy(settings.branching)
+        self.waits_for_rewards = uses_rewards(self._strategy)  # else the tree gets them all when the last is known
         self._splitter = splitter
         self._seed = list(seed)
         # Without lookahead a round waits for all of the last one, so it does not matter who ended first.
@@ -135,19 +135,24 @@ class TreeGrower:
         self._branches: list[_Branch] = []  # every rollout submitted so far
         self._pending: list[_Branch] = []  # those that have not ended on the tree's clock
         self._branched: set[int] = set()
+        self._unrewarded = settings.leaves
         self._choices: list[Choice] = []
 
     @property
     def done(self) -> bool:
-        return len(self._branches) == self.settings.leaves and not self._pending
+        return not self._unrewarded and not self._pending
 
     @property
     def can_advance(self) -> bool:
         """Whether enough rollouts are complete that a round might start, or the tree be done."""
-        complete = sum(branch.complete for branch in self._pending)
+        complete = sum(self._complete(branch) for branch in self._pending)
         running = len(self._pending) - complete
         more = len(self._branches) < self.settings.leaves
         return complete > 0 and running <= (self.settings.branch_lookahead if more else 0)
+
+    def _complete(self, branch: _Branch) -> bool:
+        """Whether all is known of a rollout that its tree waits for."""
+        return branch.rollout is not None and (branch.reward is not None or not self.waits_for_rewards)
 
     def scores(self) -> TreeScores:
         """Scores of the tree as grown so far."""
@@ -176,6 +181,10 @@ class TreeGrower:
 
     def add_reward(self, leaf: int, reward: float) -> None:
         self._branches[leaf].reward = reward
+        self._unrewarded -= 1
+        if not self.waits_for_rewards and not self._unrewarded:
+            for branch in self._branches:  # in their order: sums do not depend on which was rewarded first
+                self.tree.add_reward(branch.leaf, branch.reward)
 
     def next_requests(self, engine: RolloutEngine | None = None) -> list[RolloutRequest]:
         """Move the tree's clock as far as is known and return the rollouts to submit now; empty while it has to wait.
@@ -184,8 +193,7 @@ class TreeGrower:
             engine: is asked how far running rollouts are; without it nothing is known of them.
         """
         if not self._branches:
-            independent = STRATEGIES[self.settings.branching] is None
-            count = self.settings.leaves if independent else self.settings.tree_initial_rollouts
+            count = self.settings.leaves if self._strategy is None else self.settings.tree_initial_rollouts
             return [self._submit(0) for _ in range(count)]
         requests: list[RolloutRequest] = []
         while self.can_advance and self._end_next(engine):
@@ -199,8 +207,8 @@ class TreeGrower:
         if not self.can_advance:
             return None
         ends = [(self._end(branch, engine), branch) for branch in self._pending]
-        first = min(end for end, branch in ends if branch.complete)
-        ahead = [(end, branch.rollout is None) for end, branch in ends if end <= first and not branch.complete]
+        first = min(end for end, branch in ends if self._complete(branch))
+        ahead = [(end, branch.rollout is None) for end, branch in ends if end <= first and not self._complete(branch)]
         if any(not running for _, running in ahead):
             return None  # sampled, but not rewarded
         return max((int(first - end) + 1 for end, _ in ahead), default=1)
@@ -217,13 +225,13 @@ class TreeGrower:
 
     def _choose_steps(self, scores: TreeScores) -> list[int]:
         """The steps of one round."""
-        strategy = STRATEGIES[self.settings.branching]
         # With a single rewarded child rho = 1, so the score of a step says nothing of the answer until a second one is
-        # rewarded. While that branch is under way, look elsewhere first.
+        # rewarded. While that branch is under way, look elsewhere first. Without rewards, a second child is enough.
         under_way = np.zeros(len(scores.parents), dtype=bool)
         under_way[[branch.after for branch in self._pending]] = True
-        priority, eligible = strategy(scores, self._rng), self._eligible(scores)
-        deferred = under_way & (scores.rewarded_children < 2)
+        priority, eligible = self._strategy(self.tree, scores, self._rng), self._eligible(scores)
+        known = scores.rewarded_children if self.waits_for_rewards else scores.children
+        deferred = under_way & (known < 2)
         steps = select_steps(priority, eligible, self.settings.tree_nodes_per_level, deferred)
         self._branched.update(steps)
         self._choices.append(self._describe_choice(steps, priority, eligible, deferred))
@@ -258,8 +266,8 @@ class TreeGrower:
     def _submit(self, after: int) -> RolloutRequest:
         submitted, prefix = len(self._branches), self.tree.prefix(after)
         later = submitted - self.settings.tree_initial_rollouts  # below 0: an initial one
-        independent = STRATEGIES[self.settings.branching] is None
-        leaf = self.tree.open(after, 0 if independent else max(0, 1 + later // self.settings.branches_per_round))
+        round = 0 if self._strategy is None else max(0, 1 + later // self.settings.branches_per_round)
+        leaf = self.tree.open(after, round)
         self._branches.append(_Branch(leaf, after, prefix, start=self._now))
         self._pending.append(self._branches[-1])
         return RolloutRequest(
@@ -282,14 +290,15 @@ class TreeGrower:
     def _end_next(self, engine: RolloutEngine | None) -> bool:
         """Let the rollout end that does so first on the tree's clock; false where it is not complete or not known."""
         # Of two that may end together the one not known comes first: what it has sampled by then is not known either.
-        branch = min(self._pending, key=lambda each: (self._end(each, engine), each.complete, each.leaf))
-        if not branch.complete:
+        branch = min(self._pending, key=lambda each: (self._end(each, engine), self._complete(each), each.leaf))
+        if not self._complete(branch):
             return False
         self._now = self._end(branch, engine)
         rollout, grafted = branch.rollout, branch.grafted
         token_ids, logprobs = rollout.token_ids[grafted:], rollout.logprobs[grafted:]
         self.tree.extend(branch.leaf, token_ids, logprobs, turn_ends(self._splitter.ends, token_ids, logprobs))
-        self.tree.add_reward(branch.leaf, branch.reward)
+        if self.waits_for_rewards:
+            self.tree.add_reward(branch.leaf, branch.reward)
         self._pending.remove(branch)
         branch.rollout = None  # the tree owns it now
         return True
@@ -339,9 +348,9 @@ def drive(
     1. Ask the trees that may have something to do for their next rollouts, and submit these.
     2. Poll the engine once.
     3. Hand finished rollouts to their trees and to the scorer.
-    4. Collect the rewards that are known, waiting for one only where the engine has nothing to do.
-    5. Note which trees to ask next: those that got a reward now, and after as many polls as they need those that wait
-       for running rollouts to get further.
+    4. Collect the rewards that are known, waiting for one only where neither the engine nor a tree has work to do.
+    5. Note which trees to ask next: those that got what they wait for, a rollout or its reward, and after as many
+       polls as they need those that wait for running rollouts to get further.
 
     If anything raises, the engine forgets every request in flight before the exception goes on.
 
@@ -375,19 +384,22 @@ def drive(
             polls += 1
             in_flight -= len(finished)
 
+            ready = asked_after.pop(polls, set())
             leaves = []
             for rollout in finished:
                 tree, leaf = rollout.request_id
                 growers[tree].add_rollout(leaf, rollout)
+                if not growers[tree].waits_for_rewards:
+                    ready.add(tree)
                 leaves.append((tree, leaf, growers[tree].completion(leaf)))
                 on_rollout()
             if leaves:
                 scorer.submit(leaves)
 
-            rewarded = scorer.collect(wait=not in_flight)
-            if not (requests or finished or rewarded or in_flight):
+            wait = not in_flight and not ready
+            rewarded = scorer.collect(wait)
+            if wait and not (requests or finished or rewarded):
                 raise RuntimeError("Trees wait for rewards, but the scorer has none pending.")
-            ready = asked_after.pop(polls, set())
             for tree, leaf, reward in rewarded:
                 growers[tree].add_reward(leaf, reward)
                 ready.add(tree)

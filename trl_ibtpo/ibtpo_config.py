@@ -9,7 +9,7 @@ from typing import Any, get_args
 from trl import GRPOConfig
 
 from .advantages import ADVANTAGES, SharedTokenWeight
-from .branching import STRATEGIES
+from .branching import STRATEGIES, uses_rewards
 from .growth import GrowthSettings
 
 
@@ -103,7 +103,8 @@ class IBTPOConfig(GRPOConfig):
 
         branching (`str`, *optional*, defaults to `"ib"`):
             Which steps to branch: `"ib"` (highest IB-Score), `"confidence"` (lowest confidence first, needs no
-            reward), `"random"`, or `"independent"` (no tree: all rollouts start at the question).
+            reward), `"random"`, or `"independent"` (no tree: all rollouts start at the question). A function of your
+            own goes to the trainer: `IBTPOTrainer(..., branching=function)`, see docs/methods.md.
         allow_root_branching (`bool`, *optional*, defaults to `False`):
             Whether a round may choose the question itself. Where no other step can be branched, it is chosen anyway.
         allow_repeated_branching (`bool`, *optional*, defaults to `True`):
@@ -409,7 +410,7 @@ class IBTPOConfig(GRPOConfig):
     @property
     def branches_by_reward(self) -> bool:
         """Whether rewards decide where trees branch."""
-        return self.branches and self.branching == "ib"
+        return self.branches and uses_rewards(STRATEGIES[self.branching])
 
     @property
     def success_steers(self) -> bool:

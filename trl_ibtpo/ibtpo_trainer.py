@@ -16,6 +16,7 @@ from transformers.utils import logging
 from trl import GRPOTrainer
 
 from .advantages import token_advantages
+from .branching import Strategy, make_strategy, uses_rewards
 from .engines.vllm_cpu import CPUVLLMGeneration, runs_on_cpu
 from .growth import GrownTree
 from .ibtpo_config import IBTPOConfig
@@ -72,6 +73,9 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         model, reward_funcs, args, train_dataset, eval_dataset, processing_class, kwargs:
             As in [`~trl.GRPOTrainer`], with [`IBTPOConfig`] for `args`. `tools`, `environment_factory` and
             `rollout_func` are not supported: a tree branches inside a single completion.
+        branching:
+            A strategy of your own in place of the one that [`IBTPOConfig`] names: a function that gives every step of
+            a tree a priority, see [`branching.Strategy`].
     """
 
     _tag_names = ["trl", "ibtpo"]  # noqa: RUF012 - TRL's form
@@ -96,6 +100,8 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        *,
+        branching: Strategy | None = None,
         **kwargs: Any,
     ):
         if args is None:
@@ -105,6 +111,9 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             raise TypeError(
                 f"`args` is a {type(args).__name__}; IBTPOTrainer needs an IBTPOConfig, which takes the same fields."
             )
+        checks.check_strategy(branching, args)
+        self._strategy = make_strategy(args.branching) if branching is None else branching
+        self._branching = args.branching if branching is None else checks.name_of(branching)
         check_hooks(GRPOTrainer)
         checks.refuse_unsupported(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, kwargs)
         super().__init__(
@@ -126,7 +135,8 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         self._choose_forward()
         self._success_index = self._find_success_reward()
         # Whether it was said how success is made of rewards outside [0, 1], or there is nothing to say.
-        self._scaling_said = args.success_range is not None or not args.success_steers
+        steers = args.success_steers or (branching is not None and uses_rewards(branching))
+        self._scaling_said = args.success_range is not None or not steers
         self._splitter = StepSplitter(self._tokenizer, args.step_delimiter)
         self._tree_inputs: list[dict[str, Any]] = []  # dataset rows of the generation batch being made
         self._grown: list[GrownTree] = []
@@ -162,6 +172,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
                 self.state.log_history,
                 self._shown_tree,
                 success_reward=self.reward_func_names[self._success_index],
+                branching=self._branching,
                 adapter=is_peft_model(self.accelerator.unwrap_model(self.model)),
             )
         except Exception as error:  # a checkpoint is worth more than its card
@@ -183,6 +194,9 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             output = super()._generate_and_score_completions(inputs)
             output["advantages"] = self._step_advantages(output["advantages"], output["completion_ids"])
             output["row"] = torch.arange(len(inputs), device=output["advantages"].device)
+            if hasattr(self._strategy, "learn"):
+                found = [self._strategy.evidence(grown.tree, grown.scores) for grown in self._grown]
+                self._strategy.learn([each for trees in gather_object(found) for each in trees])
             self._shown_tree = tree_to_show(self._grown), self.state.global_step + 1
         finally:
             self._tree_inputs, self._grown, self._scorer, self._host, self._prompts = [], [], None, None, []
@@ -344,7 +358,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             shape = (
                 f"trees of {self.num_generations} trajectories per question (B0={args.tree_initial_rollouts}, "
                 f"L={args.tree_levels}, K={args.tree_nodes_per_level}, B={args.tree_branches_per_node}), "
-                f"branching '{args.branching}'"
+                f"branching '{self._branching}'"
             )
         trees = args.per_device_train_batch_size * args.steps_per_generation // self.num_generations
         engine = f"vLLM, {self.vllm_mode} mode" if self.use_vllm else "transformers (`use_vllm` is off)"

@@ -21,6 +21,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 MANIFEST = "checkpoint_manifest.json"
+STRATEGY = "branching_state.json"  # what the branching strategy has learned, where it learns
 _NOT_LISTED = (MANIFEST, TRAINER_STATE_NAME, "checkpoint-is-incomplete.txt")  # the last: transformers', while it saves
 
 
@@ -170,7 +171,20 @@ class WholeCheckpoints:
             found = None if choice is None else to_resume_from(choice, self.args.output_dir)
         except (OSError, ValueError) as error:
             found = error  # raised by every process below: one that left now would keep the others waiting
-        return super().train(agreed(gather_object([found])), *args, **kwargs)
+        folder = agreed(gather_object([found]))
+        if folder is not None:
+            self._load_strategy(Path(folder))
+        return super().train(folder, *args, **kwargs)
+
+    def _load_strategy(self, folder: Path) -> None:
+        strategy = getattr(self, "_strategy", None)
+        if not hasattr(strategy, "load_state_dict"):
+            return
+        state = _read(folder / STRATEGY)
+        if state is None:
+            logger.warning(f"{folder} has no {STRATEGY}: the branching strategy starts with nothing learned.")
+        else:
+            strategy.load_state_dict(state)
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -185,6 +199,8 @@ class WholeCheckpoints:
     def _save_rng_state(self, output_dir):
         # The last file of every process; the main one goes on to write the trainer's state and to rotate
         super()._save_rng_state(output_dir)
+        if self.args.should_save and hasattr(getattr(self, "_strategy", None), "state_dict"):
+            Path(output_dir, STRATEGY).write_text(json.dumps(self._strategy.state_dict()))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             write_manifest(Path(output_dir))

@@ -1,7 +1,7 @@
 """Checks that fail before training starts, or at the first row that cannot be trained on."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -11,6 +11,8 @@ from torch import nn
 from transformers.utils import logging
 from trl import GRPOConfig
 from trl.distributed import DistributedBackend
+
+from ..branching import STRATEGIES, uses_rewards
 
 logger = logging.get_logger(__name__)
 
@@ -138,6 +140,39 @@ def _check_generation_kwargs(args: GRPOConfig) -> None:
 
 _THIS_MACHINE = ("0.0.0.0", "localhost", "127.0.0.1", "::1")
 _LOCAL_PROCESSES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+
+
+def name_of(function: Callable) -> str:
+    """What a user's own function is called in messages, records and cards."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def check_strategy(strategy: Any, args: GRPOConfig) -> None:
+    """Raise where what the trainer got as `branching` cannot choose steps."""
+    if strategy is None:
+        return
+    if not callable(strategy) or isinstance(strategy, type):
+        raise TypeError(
+            f"`branching` of the trainer is {strategy!r}; give a function of a tree, its scores and a random "
+            "generator that returns the priority of every step. A strategy of the package is a name in "
+            "the configuration: IBTPOConfig(branching='confidence')."
+        )
+    if name_of(strategy) in STRATEGIES:
+        raise ValueError(
+            f"`branching` of the trainer is a function named '{name_of(strategy)}', as a strategy of the package is. "
+            "Rename it: trees and model cards go by this name."
+        )
+    if args.branching == "independent":
+        raise ValueError(
+            f"`branching` of the trainer is the function '{name_of(strategy)}', but `branching` of the configuration "
+            "is 'independent', which never asks one. Leave the field out."
+        )
+    if args.shared_token_weight == "sampled" and uses_rewards(strategy):
+        raise ValueError(
+            f"`shared_token_weight` is 'sampled', which is right only where rewards do not decide where trees "
+            f"branch, but the function '{name_of(strategy)}' does not say that it leaves them alone. If it does, set "
+            "its `uses_rewards = False`; else use `shared_token_weight='once'`."
+        )
 
 
 def check_server_address(args: GRPOConfig) -> None:

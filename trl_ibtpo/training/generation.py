@@ -109,7 +109,8 @@ class TreeGeneration:
 
     def _plant(self, prompt_ids: list[list[int]], engine: RolloutEngine, batch: int) -> list[TreeGrower]:
         """One grower for each run of G equal prompts, whose seeds number the prompts of an optimizer step."""
-        group, settings = self.num_generations, self.args.growth_settings
+        group = self.num_generations
+        settings = replace(self.args.growth_settings, branching=self._branching)
         growers = []
         for start in range(0, len(prompt_ids), group):
             rows = prompt_ids[start : start + group]
@@ -134,6 +135,7 @@ class TreeGeneration:
                     self._splitter,
                     seed=(self.args.seed, self.state.global_step, prompt_index),
                     clock=engine.clock,
+                    strategy=self._strategy,
                 )
             )
         return growers
