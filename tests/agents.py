@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 
 import tiny
+import torch
 from datasets import Dataset
 from trl import GRPOTrainer
 
@@ -38,9 +39,10 @@ RESPONSE = {
 
 
 def tokenizer():
-    """Byte-level, with a chat template in the form of Qwen's."""
+    """Byte-level, with a chat template in the form of Qwen's; a few calls are tokens, which a tiny model can learn."""
     found = tiny.byte_level_tokenizer()
     found.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    found.add_tokens([call("add", by=by) for by in range(11, 15)])
     found.chat_template = TEMPLATE
     found.response_template = RESPONSE
     return found
@@ -186,8 +188,8 @@ def turn_ids(tokenizer, script: Script, prefix_ids: list[int], seed: int, turns:
     return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id][:budget]
 
 
-class ScriptedGRPOTrainer(GRPOTrainer):
-    """TRL's trainer on scripted turns: those of a row differ in the first one, what follows depends on that."""
+class ScriptedTurns:
+    """Scripted turns in place of generated ones: rows differ in the first one, what follows depends on that."""
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         opening = len(prompt_ids) == len(self._sync_tool_dicts) and not self._opened
@@ -202,6 +204,10 @@ class ScriptedGRPOTrainer(GRPOTrainer):
     def _generate(self, prompts):
         self._opened = False
         return super()._generate(prompts)
+
+
+class ScriptedGRPOTrainer(ScriptedTurns, GRPOTrainer):
+    """TRL's trainer on scripted turns."""
 
 
 class ScriptedEngine:
@@ -294,3 +300,34 @@ class TickingEngine(ScriptedEngine):
     def abort(self):
         super().abort()
         self.running.clear()
+
+
+def save_caller(folder) -> str:
+    """Overfit a tiny model until it calls `add(by=...)` one to three times and then answers, whatever it is asked."""
+    ready, made = tokenizer(), random.Random(0)
+    model = tiny.tiny_qwen3(ready)
+    model.config.max_position_embeddings = 512
+    texts, starts = [], []
+    for index in range(9):
+        messages = [{"role": "user", "content": f"Question {index % 8}: The number is {index % 8}."}]
+        tools = [[add], [Counter.add], [Counter.add, Counter.multiply]][index % 3]
+        text = ready.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+        starts.append(len(ready.encode(text)))
+        for round in range(made.randint(0, 2) + 1):
+            text += "\n\n" + call("add", by=11 + (index + round) % 4) + "<|im_end|>\n"
+            text += f"<|im_start|>tool\nIt is {made.randint(0, 9)} now.<|im_end|>\n<|im_start|>assistant\n"
+        texts.append(text + f"{made.randint(1, 4)}.<|im_end|>")
+    batch = ready(texts, return_tensors="pt", padding=True, padding_side="right")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    for row, start in enumerate(starts):
+        labels[row, :start] = -100
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(100):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 100)
+        optimizer.zero_grad()
+        loss = model(**batch, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    ready.save_pretrained(folder)
+    return str(folder)

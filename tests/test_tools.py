@@ -1,9 +1,18 @@
 """Training with tools and environments over several turns: equal to TRL where no tree is grown."""
 
+import asyncio
+import threading
+import time
+
 import agents
 import pytest
 import tiny
 import torch
+from trl import GRPOTrainer
+
+from trl_ibtpo import IBTPOTrainer
+from trl_ibtpo.training.rewards import RewardFunctionError
+from trl_ibtpo.training.time_limit import LimitedCalls, LimitReached, TooManyStuckCalls
 
 FLAT = {"tree_levels": 1, "ib_coef": 0.0, "tree_initial_rollouts": 4, "per_device_train_batch_size": 8}
 
@@ -124,3 +133,177 @@ def test_a_flat_tree_with_an_environment_equals_grpo(path, config, rewards, limi
         {"tool_timeout": limit, "success_reward": None},
         environment_factory=agents.Counter,
     )
+
+
+def build_tree(path, config, tools, script, fields=None, rewards=lengths):
+    """A trainer of trees, whose log holds what its host has counted."""
+    args = config(
+        **{
+            "tree_initial_rollouts": 3,
+            "tree_levels": 4,
+            "branching": "random",
+            "max_steps": 1,
+            "max_completion_length": 300,
+            **(fields or {}),
+        }
+    )
+    return agents.build(agents.ScriptedIBTPOTrainer, path, args, script, rewards, tools=tools)
+
+
+def hang(a: int) -> str:
+    """
+    Take for ever, in one of two ways.
+
+    Args:
+        a: Which.
+    """
+    while a < 5:
+        time.sleep(0.01)
+    return "never" if threading.Event().wait(1) else "late"
+
+
+async def hang_async(a: int) -> str:
+    """
+    Take for ever.
+
+    Args:
+        a: Not used.
+    """
+    await asyncio.sleep(1000)
+
+
+def test_a_tool_that_hangs_has_failed(path, config):
+    def script(rng, turns):
+        called = agents.call(rng.choice(["hang", "hang_async"]), a=rng.randint(0, 9))
+        return f"{rng.random()}" + (called if turns == 0 else "")
+
+    trainer = build_tree(path, config, [hang, hang_async], script, {"tool_timeout": 0.1})
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["tools/failure_frequency"] == 1 and entry["tools/timeouts"] >= 3
+    said = [message["content"] for completion in trainer._logs["completion"] for message in completion]
+    assert "{'error': 'hang did not answer within 0.1 seconds.'}" in said
+    assert "{'error': 'hang_async did not answer within 0.1 seconds.'}" in said
+    assert nothing_runs(trainer)
+
+
+def nothing_runs(trainer) -> bool:
+    """Whether all that tools have started ends within a few seconds."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        threads = [each.name for each in threading.enumerate() if each.name.startswith(("limited-", "tools"))]
+        tasks = asyncio.run_coroutine_threadsafe(count_tasks(), trainer.async_loop).result()
+        if not threads and not tasks:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+async def count_tasks() -> int:
+    return len(asyncio.all_tasks()) - 1
+
+
+def test_tools_end_with_the_batch_when_a_reward_function_fails(path, config):
+    def script(rng, turns):
+        return f"{rng.random()}" + (agents.call("hang_async", a=1) if turns == 0 and rng.random() < 0.5 else "")
+
+    def fail(**kwargs):
+        raise ValueError("no")
+
+    trainer = build_tree(path, config, [hang_async], script, rewards=fail)
+    with pytest.raises(RewardFunctionError):
+        trainer.train()
+    assert nothing_runs(trainer)
+
+
+def test_tools_of_one_trajectory_do_not_hold_up_another(path, config):
+    """Tools of different trajectories run at the same time, and never more of them than `tool_concurrency`."""
+    running, most, lock = 0, [], threading.Lock()
+
+    def work(a: int) -> str:
+        """
+        Work for a while.
+
+        Args:
+            a: Not used.
+        """
+        nonlocal running
+        with lock:
+            running += 1
+            most.append(running)
+        time.sleep(0.05)
+        with lock:
+            running -= 1
+        return "done"
+
+    def script(rng, turns):
+        return f"{rng.random()}" + (agents.call("work", a=1) if turns == 0 else "")
+
+    for limit in (2, 32):
+        most.clear()
+        build_tree(path, config, [work], script, {"tool_concurrency": limit, "tree_initial_rollouts": 6}).train()
+        assert max(most) == min(limit, 6)
+
+
+def test_an_image_from_a_tool_is_refused(path, config):
+    def look(a: int) -> list:
+        """
+        Look.
+
+        Args:
+            a: Not used.
+        """
+        return [{"type": "image", "image": None}]
+
+    trainer = build_tree(path, config, [look], lambda rng, turns: f"{rng.random()}" + agents.call("look", a=1))
+    with pytest.raises(ValueError, match=r"A tool returned an image, which is not supported: .* Return text"):
+        trainer.train()
+
+
+def test_calls_that_cannot_be_interrupted_do_not_collect():
+    """One more than the limit is an error that says which; interrupted calls do not count."""
+    calls = LimitedCalls(0.02, most_stuck=2)
+    held = threading.Event()
+    for _ in range(5):
+        with pytest.raises(LimitReached):
+            calls.call("loops", lambda: hang(0))
+    deadline = time.monotonic() + 10
+    while calls.interrupt_stuck():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for _ in range(2):
+        with pytest.raises(LimitReached):
+            calls.call("waits", held.wait)
+    with pytest.raises(
+        TooManyStuckCalls, match=r"3 calls still run after their limit of 0.02 seconds: waits\. .* timeout"
+    ):
+        calls.call("waits", held.wait)
+    held.set()
+    with pytest.raises(ZeroDivisionError):
+        calls.call("divides", lambda: 1 // 0)
+    assert calls.call("adds", lambda: 2) == 2
+
+
+def test_evaluation_is_trl_s(path, config):
+    fields = {**FLAT, "max_completion_length": 300, "max_steps": 1, "num_generations_eval": 2}
+    logged = []
+    for base, timeout in ((GRPOTrainer, None), (IBTPOTrainer, None), (IBTPOTrainer, 60)):
+
+        class Evaluated(agents.ScriptedTurns, base):
+            pass
+
+        args = config(**fields, reward_timeout=timeout)
+        trainer = agents.build(
+            Evaluated,
+            path,
+            tiny.grpo_arguments(args) if base is GRPOTrainer else args,
+            moves,
+            final_value,
+            environment_factory=agents.Counter,
+            eval_dataset=agents.rows(4),
+        )
+        found = trainer.evaluate()
+        logged.append({name: value for name, value in found.items() if "runtime" not in name and "second" not in name})
+    limited = {name: value for name, value in logged[2].items() if not name.endswith("/timeouts")}
+    assert logged[1] == pytest.approx(logged[0]) and limited == pytest.approx(logged[0])
+    assert logged[0]["eval_reward"] and logged[0]["eval_tools/call_frequency"]

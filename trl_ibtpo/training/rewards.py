@@ -73,7 +73,7 @@ class RewardScorer:
 
     Args:
         inputs: dataset rows, one per leaf: G equal rows per tree, trees in order.
-        prompts: one per leaf, with what its environment has added to that of the row.
+        prompts: one per leaf, with what its environment has added; those of the rows where there is none.
         environments: one per leaf, where there are any.
         failed_rows: says of which leaves the environment is broken: no function sees these, they have no reward.
         leaves_per_tree: G.
@@ -94,7 +94,7 @@ class RewardScorer:
         self,
         *,
         inputs: Sequence[dict[str, Any]],
-        prompts: Sequence[Any],
+        prompts: Sequence[Any] | None = None,
         environments: Sequence[Any] | None = None,
         failed_rows: Callable[[], set[int]] = set,
         leaves_per_tree: int,
@@ -116,7 +116,8 @@ class RewardScorer:
         self.decoded: list = [None] * len(inputs)  # the same as text, before
         self.extra_columns: dict[str, list] = {}
         self.metrics: dict[str, list[tuple[float, int]]] = {}  # value and number of leaves of each call
-        self._inputs, self._prompts, self._environments = inputs, prompts, environments
+        self._inputs, self._environments = inputs, environments
+        self._prompts = [row["prompt"] for row in inputs] if prompts is None else prompts
         self._failed_rows = failed_rows
         self._leaves_per_tree = leaves_per_tree
         self._reward_funcs = reward_funcs

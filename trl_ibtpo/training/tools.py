@@ -97,6 +97,7 @@ class ToolHost:
         self._counting = threading.Lock()
         self.limit = LimitedCalls(args.tool_timeout)
         self.tasks: set[asyncio.Task] = set()
+        self.stopped = False  # nothing may start any more
         self._threads = ThreadPoolExecutor(args.tool_concurrency, thread_name_prefix="tools")
 
     # ----- the host's side of `TurnEngine` ---------------------------------------------------------------------------
@@ -137,6 +138,7 @@ class ToolHost:
         return self._threads.submit(self._answer, conversation, message)
 
     def abort(self) -> None:
+        self.stopped = True
         for task in list(self.tasks):
             self._trainer.async_loop.call_soon_threadsafe(task.cancel)
         self.close()
@@ -377,6 +379,8 @@ class _OneIteration:
         async def wait() -> Any:
             task = asyncio.ensure_future(coroutine)
             self._host.tasks.add(task)
+            if self._host.stopped:
+                task.cancel()
             try:
                 # Unlike `wait_for`, this tells the limit from a TimeoutError of the tool's own.
                 await asyncio.wait([task], timeout=self._host.limit.seconds)
