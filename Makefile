@@ -10,7 +10,7 @@ export CI ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart check test docs clean
+.PHONY: quickstart check test docs chromium clean
 
 quickstart: .venv/installed
 	@$(BIN)/python examples/quickstart.py
@@ -20,7 +20,7 @@ PURE := style config steps tree scores advantages growth benchmarks
 check: .venv/installed
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(wildcard $(PURE:%=tests/test_%.py))
 
-test: .venv/installed
+test: .venv/installed chromium
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
 
 docs: .venv/installed  # site/index.html
@@ -36,6 +36,11 @@ docs: .venv/installed  # site/index.html
 	@$(INSTALL) --no-deps -r requirements/cpu.txt
 	@$(INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
+
+# The page of the viewer is tested in a real browser, driven by Playwright, which does not bring its own.
+CHROMIUM := /usr/bin/chromium
+chromium:
+	@test -x $(CHROMIUM) || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium) >/dev/null || { echo "The tests of the viewer need Chromium at $(CHROMIUM), and it cannot be installed here: apt-get needs root, Debian and its package mirror. Install the package chromium, then run make test again."; exit 1; }
 
 clean:
 	rm -rf .venv outputs site

@@ -9,7 +9,8 @@ What it does:
    them by a careless writer, so that it is often wrong;
 3. trains it with `IBTPOTrainer`: trees of the paper's shape, rewarded by reasoning-gym's own verifier. It finds out
    which way of working pays;
-4. prints the accuracy on held-out questions before and after IB-TPO, and draws the learning curve and one tree.
+4. prints the accuracy on held-out questions before and after IB-TPO, draws the learning curve and one tree, and writes
+   a page to look around in the trees that were grown on the way.
 
 What it leaves out: chat templates, vLLM, LoRA, evaluation and checkpoints during training, several devices. A
 pretrained model needs neither step 1 nor step 2.
@@ -51,6 +52,8 @@ from trl import SFTConfig, SFTTrainer
 
 from trl_ibtpo import IBTPOConfig, IBTPOTrainer
 from trl_ibtpo.viewing.drawing import draw_learning_curve, draw_tree
+from trl_ibtpo.viewing.library import Library
+from trl_ibtpo.viewing.page import write_page
 
 SLIPS = 0.5  # share of the steps that the careless writer of worked solutions gets wrong
 TREES_PER_STEP = 16
@@ -207,10 +210,12 @@ def accuracy(
 # ----- IB-TPO --------------------------------------------------------------------------------------------------------
 
 
-def train_ibtpo(model, tokenizer, entries: list[dict], seed: int, max_steps: int, callbacks=None) -> IBTPOTrainer:
+def train_ibtpo(
+    model, tokenizer, entries: list[dict], seed: int, max_steps: int, callbacks=None, output_dir=PLAIN["output_dir"]
+) -> IBTPOTrainer:
     rows = [{"prompt": entry["question"], "entry": json.dumps(entry)} for entry in entries]
     args = IBTPOConfig(  # tree, ib_beta, ib_coef and loss are the paper's defaults
-        **PLAIN,
+        **{**PLAIN, "output_dir": str(output_dir)},
         max_steps=max_steps,
         per_device_train_batch_size=12 * TREES_PER_STEP,
         max_completion_length=MAX_COMPLETION_LENGTH,
@@ -222,6 +227,7 @@ def train_ibtpo(model, tokenizer, entries: list[dict], seed: int, max_steps: int
         top_k=0,
         beta=0.0,  # no reference model: a warm start of a minute is nothing to stay close to
         logging_steps=1,
+        log_trees=5,  # what is recorded can be looked at while it trains: trl-ibtpo view --follow outputs/quickstart
         seed=seed,
     )
     trainer = IBTPOTrainer(
@@ -266,12 +272,14 @@ def main(options: argparse.Namespace, stages: "Stages") -> None:
     stages.start("IB-TPO", options.steps)
     rates = ShowSteps(stages, reward="reward", effective="tree/effective_rate")
     set_seed(options.seed)
-    trainer = train_ibtpo(model, tokenizer, entries, options.seed, options.steps, [rates])
+    trainer = train_ibtpo(model, tokenizer, entries, options.seed, options.steps, [rates], options.output_dir)
     stages.start("Accuracy after IB-TPO", len(held_out))
     after = accuracy(model, tokenizer, held_out, show_accuracy)
 
     stages.start("Pictures")
     curve, picture = options.output_dir / "learning_curve.png", options.output_dir / "tree.png"
+    page = options.output_dir / "trees.html"
+    write_page(Library([options.output_dir]), page)
     logs = [entry for entry in trainer.state.log_history if "tree/generated_tokens" in entry]
     draw_learning_curve(logs, curve, held_out=(before, after))
     # Of a few trees, the one that shows most: nearest to as many right as wrong answers.
@@ -297,6 +305,7 @@ def main(options: argparse.Namespace, stages: "Stages") -> None:
             "Log": str(stages.log),
         },
     )
+    stages.console.print(f"See where the trees branched, and why. Open in a browser: {page}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_scores import NAN, TREES, build, leaves_under, trees
 
-from trl_ibtpo.advantages import grpo, ibtpo, per_token, step_weights, token_advantages
+from trl_ibtpo.advantages import CreditSettings, GradedTree, grpo, ibtpo, per_token, token_advantages
 from trl_ibtpo.scores import score_tree
+from trl_ibtpo.weights import step_weights
 
 
 def trl_advantages(rewards: list[float]) -> np.ndarray:
@@ -18,6 +19,12 @@ def trl_advantages(rewards: list[float]) -> np.ndarray:
     rewards = np.array(rewards, dtype=float)
     known = rewards[~np.isnan(rewards)]
     return (rewards - known.mean()) / (known.std(ddof=1) + 1e-4)
+
+
+def graded(tree, advantage_L, *, scores=None, choices=(), **settings) -> GradedTree:
+    """A tree with its scores (beta 5) and the advantages of its trajectories; settings as fields of the config."""
+    scores = scores or score_tree(tree, beta=5)
+    return GradedTree(tree, scores, np.asarray(advantage_L, dtype=float), CreditSettings(**settings), choices)
 
 
 def by_step(tree, terms_L: list[np.ndarray]) -> np.ndarray:
@@ -35,7 +42,7 @@ def test_hand_worked_advantages(name):
     worked = TREES[name]
     tree = worked.tree
     scores = score_tree(tree, beta=worked.beta, confidence_kind=worked.confidence_kind)
-    terms = ibtpo(tree, scores, trl_advantages(worked.success), 0.1)
+    terms = ibtpo(graded(tree, trl_advantages(worked.success), scores=scores))
     global_N, local_N = by_step(tree, terms.global_terms), by_step(tree, terms.local_terms)
     for step in range(1, len(tree.steps)):
         assert global_N[step] == pytest.approx(worked.a_gl[step], abs=2e-5)
@@ -46,7 +53,7 @@ def test_hand_worked_advantages(name):
 def test_unscorable_trajectory_keeps_the_advantage_of_what_it_shares():
     # 0 -- 1 (.8) +- 2 (.5) right, +- 3 (.4) unscorable, branched;  0 -- 4 (.6) wrong
     tree = build([(0, [0.8, 0.5]), (1, [0.4]), (0, [0.6])], [1, NAN, 0])
-    terms = ibtpo(tree, score_tree(tree, beta=5), np.array([1.0, NAN, -1.0]), 0.0)
+    terms = ibtpo(graded(tree, [1.0, NAN, -1.0], ib_coef=0.0))
     # Step 1 has one scored leaf, of advantage 1; the unscorable trajectory passes through it and then through step 3.
     assert [list(values) for values in terms.global_terms] == [[1, 1], [1, 0], [-1]]
 
@@ -54,8 +61,7 @@ def test_unscorable_trajectory_keeps_the_advantage_of_what_it_shares():
 def test_global_and_local_terms_know_their_own_rewards():
     """A leaf may have an advantage (other reward functions spoke) and no known success, and the reverse."""
     tree = build([(0, [0.5]), (0, [0.5]), (0, [0.5])], [1, 0, NAN])
-    scores = score_tree(tree, beta=5)
-    terms = ibtpo(tree, scores, np.array([NAN, -0.5, 0.25]), 1.0)
+    terms = ibtpo(graded(tree, [NAN, -0.5, 0.25], ib_coef=1.0))
     # p(root) = 1/2: rho = 2 and 0, eta1 = .8 and -1.2, times .5
     assert [value[0] for value in terms.global_terms] == [0, -0.5, 0.25]
     np.testing.assert_allclose([value[0] for value in terms.local_terms], [0.4, -0.6, 0], atol=1e-12)
@@ -63,9 +69,8 @@ def test_global_and_local_terms_know_their_own_rewards():
 
 def test_ib_coef_scales_the_local_term_only():
     worked = TREES["branched twice"]
-    tree, scores = worked.tree, score_tree(worked.tree, beta=5)
-    advantage_L = trl_advantages(worked.success)
-    one, three = ibtpo(tree, scores, advantage_L, 1.0), ibtpo(tree, scores, advantage_L, 3.0)
+    tree, advantage_L = worked.tree, trl_advantages(worked.success)
+    one, three = (ibtpo(graded(tree, advantage_L, ib_coef=ib_coef)) for ib_coef in (1.0, 3.0))
     for leaf in range(4):
         np.testing.assert_array_equal(one.global_terms[leaf], three.global_terms[leaf])
         np.testing.assert_allclose(3 * one.local_terms[leaf], three.local_terms[leaf])
@@ -73,8 +78,7 @@ def test_ib_coef_scales_the_local_term_only():
 
 def test_grpo_gives_every_step_the_advantage_of_its_trajectory():
     worked = TREES["an unscorable leaf"]
-    tree, scores = worked.tree, score_tree(worked.tree, beta=5)
-    terms = grpo(tree, scores, np.array([2.0, NAN, -1.0, 0.5]), 0.1)
+    terms = grpo(graded(worked.tree, [2.0, NAN, -1.0, 0.5]))
     # Steps a trajectory: 2, 2, 2 (one of them inherited) and 1.
     assert [list(values) for values in terms.global_terms] == [[2, 2], [0, 0], [-1, -1], [0.5]]
     assert [list(values) for values in terms.local_terms] == [[0, 0], [0, 0], [0, 0], [0]]
@@ -83,9 +87,8 @@ def test_grpo_gives_every_step_the_advantage_of_its_trajectory():
 def test_one_step_trees_without_local_term_are_grpo():
     """With one level and `ib_coef = 0` every trajectory keeps its own advantage, whatever its number of steps."""
     tree = build([(0, [0.5, 0.9, 0.3]), (0, [0.25]), (0, [0.75, 0.5])], [1, 0, 0])
-    scores = score_tree(tree, beta=5)
-    advantage_L = np.array([1.25, -0.75, -0.5])
-    found, expected = ibtpo(tree, scores, advantage_L, 0.0), grpo(tree, scores, advantage_L, 0.0)
+    one = graded(tree, [1.25, -0.75, -0.5], ib_coef=0.0)
+    found, expected = ibtpo(one), grpo(one)
     for leaf in range(3):
         np.testing.assert_array_equal(found.global_terms[leaf], expected.global_terms[leaf])
         np.testing.assert_array_equal(found.local_terms[leaf], np.zeros(len(tree.path(tree.leaves[leaf]))))
@@ -186,19 +189,18 @@ def test_weights_multiply_what_the_loss_gets_and_nothing_that_is_logged():
     #   |                 +- 4 (two tokens) wrong, branched
     #   +- 3 wrong
     tree = build([(0, [(0.5, 0.5), 0.5]), (0, [0.5]), (1, [(0.5, 0.5)])], [1, 0, 0])
-    advantage_L = np.array([2.0, -1.0, -1.0])
     found = {
-        kind: token_advantages(tree, score_tree(tree, beta=5), advantage_L, ib_coef=0, shared_token_weight=kind)
+        kind: token_advantages(graded(tree, [2.0, -1.0, -1.0], ib_coef=0.0, shared_token_weight=kind))
         for kind in ("per_trajectory", "once", "sampled")
     }
     # A_GL of step 1: (2 - 1) / 2. Sampled: G = 3, two children at the question and at step 1.
-    assert [list(values) for values in found["per_trajectory"].values] == [[0.5, 0.5, 2], [-1], [0.5, 0.5, -1, -1]]
-    assert [list(values) for values in found["once"].values] == [[0.25, 0.25, 2], [-1], [0.25, 0.25, -1, -1]]
-    assert [list(values) for values in found["sampled"].values] == [
-        [0.375, 0.375, 1.5],
-        [-1.5],
-        [0.375, 0.375, -0.75, -0.75],
-    ]
+    weighted = {
+        "per_trajectory": [[0.5, 0.5, 2], [-1], [0.5, 0.5, -1, -1]],
+        "once": [[0.25, 0.25, 2], [-1], [0.25, 0.25, -1, -1]],
+        "sampled": [[0.375, 0.375, 1.5], [-1.5], [0.375, 0.375, -0.75, -0.75]],
+    }
+    for kind, each in found.items():
+        assert [list(values) for values in each.values] == weighted[kind]
     for terms in zip(*(each.global_terms for each in found.values()), strict=True):
         assert all(np.array_equal(terms[0], other) for other in terms)
 
@@ -214,7 +216,7 @@ def test_global_term_is_the_gain_in_density(drawn):
     if len(rewards) < 2:
         return  # GRPO compares at least two completions
     scores = score_tree(tree, beta=5)
-    global_N = by_step(tree, ibtpo(tree, scores, trl_advantages(rewards), 0.1).global_terms)
+    global_N = by_step(tree, ibtpo(graded(tree, trl_advantages(rewards))).global_terms)
     expected = (scores.density - scores.density[0]) / (np.std(rewards, ddof=1) + 1e-4)
     np.testing.assert_allclose(global_N[1:], expected[1:], atol=1e-9)
 
@@ -224,7 +226,7 @@ def test_global_term_is_the_gain_in_density(drawn):
 def test_advantages_are_finite_and_cover_every_token(drawn, ib_coef):
     tree, success = drawn
     advantage_L = np.array(success) * 2 - 1
-    terms = ibtpo(tree, score_tree(tree, beta=5), advantage_L, ib_coef)
+    terms = ibtpo(graded(tree, advantage_L, ib_coef=ib_coef))
     for leaf, values in enumerate(zip(terms.global_terms, terms.local_terms, strict=True)):
         values_T = per_token(tree, leaf, sum(values))
         assert np.isfinite(values_T).all() and len(values_T) == len(tree.trajectory(leaf)[0])

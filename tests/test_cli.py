@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from trl_ibtpo import IBTPOTrainer
 from trl_ibtpo.cli.main import main
 from trl_ibtpo.cli.tree import make_parser
+from trl_ibtpo.viewing.reading import parse_record
 
 ROOT = Path(__file__).parent.parent
 
@@ -186,19 +187,20 @@ def test_tree_is_printed_drawn_and_written(growing, tmp_path, capsys):
     assert "[bold]What[/bold] is" in printed  # no markup
     assert "\x1b" not in printed
     written = json.loads((tmp_path / "tree.json").read_text())
-    assert (written["question"], written["answer"]) == (question, "7")
+    assert (written["question"]["text"], written["answer"]) == (question, "7")
     assert len(written["leaves"]) == 8
     success = [leaf["success"] for leaf in written["leaves"]]
     assert set(success) <= {0.0, 1.0}
     assert f"8 trajectories: {success.count(1.0)} right, {success.count(0.0)} wrong, 0 unscored" in printed
-    steps = written["steps"]
-    assert steps[0]["density"] == pytest.approx(sum(success) / 8)
-    assert steps[0]["parent"] == -1 and all(step["parent"] < index for index, step in enumerate(steps))
-    assert written["generated_tokens"] == sum(len(step["token_ids"]) for step in steps)
+    nodes = written["nodes"]
+    assert nodes[0]["density"] == pytest.approx(sum(success) / 8)
+    assert nodes[0]["parent"] == -1 and all(node["parent"] < index for index, node in enumerate(nodes))
+    assert written["generated_tokens"] == sum(node["tokens"] for node in nodes)
+    assert parse_record((tmp_path / "tree.json").read_text())["missing"] == []
     assert Image.open(tmp_path / "tree.png").size[0] > 500
     # The same seed grows the same tree.
     assert main([*arguments, "--json", str(tmp_path / "again.json")]) == 0
-    assert json.loads((tmp_path / "again.json").read_text())["steps"] == steps
+    assert json.loads((tmp_path / "again.json").read_text())["nodes"] == nodes
 
 
 def test_tree_without_an_answer(growing, tmp_path, capsys):

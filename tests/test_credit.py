@@ -1,10 +1,12 @@
 """What TRL's loss makes of the weights and terms that this package adds, on batches with known log-probabilities."""
 
+import numpy as np
 import pytest
 import tiny
 import torch
 
 from trl_ibtpo import IBTPOTrainer
+from trl_ibtpo.advantages import GradedTree, sibling
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 
@@ -74,3 +76,62 @@ def test_a_weight_multiplies_the_clipped_loss_of_its_token(
         expected += weight.item() * (loss_of(trainer, batch, alone) - without)
     assert loss_of(trainer, batch, weights * advantages) == pytest.approx(expected, abs=1e-5)
     assert abs(expected - loss_of(trainer, batch, advantages)) > 1e-2
+
+
+# ----- an advantage function of one's own ----------------------------------------------------------------------------
+
+
+def test_a_function_given_to_the_trainer_makes_the_advantages(config, model_path):
+    seen = []
+
+    def depth(graded: GradedTree) -> np.ndarray:
+        seen.append(graded)
+        return np.arange(len(graded.tree)) / 10
+
+    args = config(max_steps=1, ib_coef=0.0)
+    trainer = IBTPOTrainer(model_path, tiny.even_length, args, tiny.questions(), advantage=depth)
+    compute, outputs = trainer._generate_and_score_completions, []
+    trainer._generate_and_score_completions = lambda inputs: outputs.append(compute(inputs)) or outputs[-1]
+    trainer.train()
+    (graded,) = seen
+    assert graded.choices and graded.settings == args.credit_settings
+    row = outputs[0]["advantages"][0]
+    ends = graded.tree.ends()
+    first, second = graded.tree.path(graded.tree.leaves[0])[:2]
+    assert row[: ends[first]].unique().tolist() == pytest.approx([first / 10])
+    assert row[ends[first] : ends[second]].unique().tolist() == pytest.approx([second / 10])
+    assert "advantage 'depth'" in trainer._describe()
+
+
+@pytest.mark.parametrize(
+    ("advantage", "error", "message"),
+    [
+        (
+            "grpo",
+            TypeError,
+            r"`advantage` of the trainer is 'grpo'; give a function .* IBTPOConfig\(advantage='grpo'\)",
+        ),
+        (GradedTree, TypeError, "give a function of a GradedTree"),
+        (lambda graded: sibling(graded), ValueError, "function named 'sibling', as an advantage of the package is"),
+    ],
+)
+def test_what_cannot_be_an_advantage_is_refused(config, model_path, advantage, error, message):
+    if error is ValueError:
+        advantage.__name__ = "sibling"
+    with pytest.raises(error, match=message):
+        IBTPOTrainer(model_path, tiny.even_length, config(), tiny.questions(), advantage=advantage)
+
+
+def test_whitening_is_over_the_trained_tokens_of_the_batch(config, model_path):
+    """Four trees in a generation batch: mean 0 and deviation 1 over their tokens, whatever their lengths."""
+    args = config(max_steps=1, advantage="treepo", per_device_train_batch_size=48, mask_truncated_completions=True)
+    trainer = IBTPOTrainer(model_path, tiny.even_length, args, tiny.questions())
+    compute, outputs = trainer._generate_and_score_completions, []
+    trainer._generate_and_score_completions = lambda inputs: outputs.append(compute(inputs)) or outputs[-1]
+    trainer.train()
+    mask = outputs[0]["completion_mask"] > 0
+    trained = outputs[0]["advantages"][mask]
+    assert 0 < mask.sum() < mask.numel() and mask.any(dim=1).sum() < 48  # some were truncated
+    assert trained.mean().item() == pytest.approx(0, abs=1e-5)
+    assert trained.std(correction=0).item() == pytest.approx(1, abs=1e-3)
+    assert not outputs[0]["advantages"][~mask].any()

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_ibtpo.advantages import ibtpo, per_token
+from trl_ibtpo.advantages import GradedTree, ibtpo, per_token
 from trl_ibtpo.branching import STRATEGIES, make_strategy, uses_rewards, without_rewards
 from trl_ibtpo.engines.base import Rollout
 from trl_ibtpo.growth import CANDIDATES_KEPT, GrowthSettings, TreeGrower, drive
@@ -667,7 +667,7 @@ def test_shared_tokens_have_one_advantage(growth, seed):
     """Inside a step the advantage is constant, and every trajectory through a step gives it the same."""
     for grower in grow(growth, prompts=PROMPTS[:1], seed=seed)[0]:
         tree = grower.tree
-        terms = ibtpo(tree, grower.scores(), 2 * np.array(grower.tree.success) - 1, 0.1)
+        terms = ibtpo(GradedTree(tree, grower.scores(), 2 * np.array(grower.tree.success) - 1))
         seen = {}  # (step, token of the step) to advantage
         for leaf in range(growth.leaves):
             values_T = per_token(tree, leaf, terms.global_terms[leaf] + terms.local_terms[leaf])

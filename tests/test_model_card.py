@@ -46,7 +46,8 @@ def shown_tree() -> tuple[GrownTree, int]:
 def make_card(folder, shown=None, logs=(), success_reward="is_right", **settings) -> str:
     (folder / "README.md").write_text(BARE_CARD)
     args = IBTPOConfig(str(folder), use_cpu=True, bf16=False, **settings)
-    complete_card(folder, args, logs, shown, success_reward=success_reward, branching=args.branching, adapter=False)
+    names = {"success_reward": success_reward, "branching": args.branching, "advantage": args.advantage}
+    complete_card(folder, args, logs, shown, **names, adapter=False)
     return (folder / "README.md").read_text()
 
 

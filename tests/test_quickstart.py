@@ -101,4 +101,8 @@ def test_quickstart(tmp_path):
     for name in ("learning_curve.png", "tree.png", "log.txt"):
         assert (tmp_path / "out" / name).stat().st_size > 0
         assert f"out/{name}" in result.stdout
+    # The page comes last: it holds the trees of the one step, and the curves.
+    assert lines[-1].endswith("Open in a browser: out/trees.html")
+    page = (tmp_path / "out" / "trees.html").read_text()
+    assert page.count('<script type="text/plain" id="t') == 4 and '"name":"Effective rate"' in page
     assert "tree/effective_rate" in (tmp_path / "out" / "log.txt").read_text()

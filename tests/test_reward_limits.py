@@ -333,6 +333,7 @@ def test_success_by_hand(config, model_path, success_range, success):
     trainer = IBTPOTrainer(model_path, in_order, args, tiny.questions())
     (grown,) = trainer.grow_trees([tiny.questions()[0]])
     assert grown.tree.success == success
+    assert grown.tree.rewards == [-1.0, 0.25, 1.5]
     eta1 = [value / np.mean(success) - 1.2 for value in success]
     np.testing.assert_allclose(grown.scores.eta1[grown.tree.leaves], eta1)
     trainer.train()
@@ -353,6 +354,14 @@ def test_training_with_a_shaped_reward(config, model_path, caplog):
     assert all(0 <= entry["tree/average_success"] <= 1 for entry in entries)
     (message,) = scaling_warnings(caplog)  # of three generation batches
     assert "The reward function 'shaped' returned" in message and "`success_range=(-1.0, 1.5)`" in message
+
+
+def test_trees_without_training_say_how_rewards_are_scaled(config, model_path, caplog):
+    trainer = IBTPOTrainer(model_path, shaped, config(), tiny.questions())
+    for _ in range(2):
+        trainer.grow_trees([tiny.questions()[0]])
+    (message,) = scaling_warnings(caplog)
+    assert "The reward function 'shaped' returned" in message
 
 
 @pytest.mark.parametrize("fields", [{"branching": name} for name in ("ib", "confidence", "random")], ids=str)

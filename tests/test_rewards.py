@@ -12,6 +12,7 @@ import tiny
 import torch
 
 from trl_ibtpo.training.rewards import RewardFunctionError, RewardScorer, describe_scaling
+from trl_ibtpo.tree import RolloutTree
 
 GROUP = 3
 INPUTS = [
@@ -165,8 +166,20 @@ def test_rounding_beyond_the_unit_interval_is_none():
         return [1 + 5e-7 if completion.startswith("a") else -5e-7 for completion in completions]
 
     scorer = make_scorer(length, nearly, success_index=1)
-    assert {success for _, _, success in score_all(scorer)} == {0.0, 1.0}
+    trees = grafted(score_all(scorer), None)
+    assert {success for tree in trees for success in tree.success} == {0.0, 1.0}
     assert scorer.rewards[:, 0].tolist() == [-7.0] * 6  # only success is clipped
+
+
+def grafted(scored, success_range) -> list[RolloutTree]:
+    """Two trees of three leaves each, with the rewards that were collected."""
+    trees = [RolloutTree([9], success_range) for _ in range(2)]
+    for tree in trees:
+        for _ in range(3):
+            tree.extend(tree.open(0), [7], [-1.0], [1])
+    for tree, number, reward in scored:
+        trees[tree].add_reward(number, reward)
+    return trees
 
 
 SHAPED = [-1.0, 0.25, 1.5]  # of the leaves 0, 1 and 2 of each tree
@@ -184,7 +197,7 @@ async def shaped_later(completions, **kwargs) -> list[float]:
 @pytest.mark.parametrize(
     "success_range, expected",
     [
-        (None, SHAPED),  # what the tree makes of it is its own affair
+        (None, [0.0, 0.5, 1.0]),  # their own range
         ((-1.0, 1.5), [0.0, 0.5, 1.0]),
         ((-1, 4), [0.0, 0.25, 0.5]),
         ((0.0, 0.5), [0.0, 0.5, 1.0]),  # clipped at both ends
@@ -193,21 +206,25 @@ async def shaped_later(completions, **kwargs) -> list[float]:
 )
 def test_any_range_of_rewards(func, success_range, expected, event_loop):
     """By hand: (reward - low) / (high - low)."""
-    scorer = make_scorer(func, success_range=success_range, event_loop=event_loop)
+    scorer = make_scorer(func, event_loop=event_loop)
     scored = []
     for batch in BATCHES:
         scorer.submit(batch)
     while len(scored) < 6:
         scored += scorer.collect(wait=True)
-    assert sorted(scored) == [(tree, number, expected[number]) for tree in range(2) for number in range(3)]
+    assert sorted(scored) == [(tree, number, SHAPED[number]) for tree in range(2) for number in range(3)]
+    for tree in grafted(scored, success_range):
+        assert tree.success == expected
+        assert tree.rewards == SHAPED  # not what was made of them
     assert scorer.rewards[:, 0].tolist() == SHAPED * 2  # advantages take the reward itself
 
 
 def test_an_unknown_reward_stays_unknown_in_a_range():
-    scorer = make_scorer(lambda completions, **kwargs: [None, -3.0], reward_names=["reward"], success_range=(-4, 0))
+    scorer = make_scorer(lambda completions, **kwargs: [None, -3.0], reward_names=["reward"])
     scorer.submit([leaf(0, 0), leaf(0, 1)])
-    (_, _, first), second = scorer.collect(wait=True)
-    assert math.isnan(first) and second == (0, 1, 0.25)
+    tree, _ = grafted(scorer.collect(wait=True), (-4, 0))
+    assert math.isnan(tree.rewards[0]) and math.isnan(tree.success[0])
+    assert (tree.rewards[1], tree.success[1]) == (-3.0, 0.25)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ def test_ruff(command):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("module", ["steps", "tree", "scores", "branching", "advantages", "growth"])
+@pytest.mark.parametrize(
+    "module", ["steps", "tree", "scores", "values", "weights", "branching", "advantages", "growth"]
+)
 def test_pure_floors_load_neither_torch_nor_trl(module):
     code = f"import sys, trl_ibtpo.{module}; print([m for m in ('torch', 'trl', 'transformers') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -32,6 +34,8 @@ FLOORS = [
     ["prefix_sharing/trie", "viewing/lines"],
     [
         "scores",
+        "values",
+        "weights",
         "prefix_sharing/attention",
         "prefix_sharing/comparison",
         "evaluation/estimates",
@@ -39,8 +43,12 @@ FLOORS = [
     ],
     ["branching", "advantages", "prefix_sharing/trainer_mixin"],
     ["growth"],
-    ["viewing/drawing"],
-    ["viewing/text"],
+    ["viewing/records"],
+    ["viewing/drawing", "viewing/reading"],
+    ["viewing/text", "viewing/library"],
+    ["viewing/page"],
+    ["viewing/trackers", "viewing/server"],
+    ["viewing/recorder"],
     ["engines/transformers", "engines/vllm", "engines/vllm_server", "engines/vllm_cpu", "engines/turns"],
     ["ibtpo_config"],
     ["training/rewards", "training/checks", "training/metrics", "training/model_card", "evaluation/samples"],
@@ -48,7 +56,7 @@ FLOORS = [
     ["training/generation", "evaluation/questions", "evaluation/harness"],
     ["ibtpo_trainer"],
     ["cli/common"],
-    ["cli/train", "cli/evaluate", "cli/tree", "cli/doctor"],
+    ["cli/train", "cli/evaluate", "cli/tree", "cli/view", "cli/doctor"],
     ["cli/main"],
     ["__main__"],
 ]

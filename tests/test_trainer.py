@@ -195,6 +195,8 @@ def test_kl_off_and_on(config, model_path, beta):
         {"branching": "independent"},
         {"branching": "random", "allow_root_branching": True, "allow_repeated_branching": False},
         {"branching": "confidence", "advantage": "grpo"},
+        {"advantage": "treepo", "mask_truncated_completions": True},
+        {"advantage": "sibling", "value_estimate": "backup", "selection_correction": True, "scale_rewards": "none"},
         {"tree_initial_rollouts": 2, "tree_levels": 3, "tree_nodes_per_level": 2, "tree_branches_per_node": 2},
         {"scale_rewards": "batch", "mask_truncated_completions": True},
         {"gradient_checkpointing": True, "top_entropy_quantile": 0.5},

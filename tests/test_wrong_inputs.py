@@ -174,7 +174,7 @@ ROWS = {
     "unknown advantage": (
         {"advantage": "none"},
         ValueError,
-        r"`advantage` is 'none'; it must be one of \['ibtpo', 'grpo'\]",
+        r"`advantage` is 'none'; it must be one of \['ibtpo', 'grpo', 'treerl', 'treepo'",
     ),
     "unknown confidence": (
         {"step_confidence": "mean"},
@@ -185,6 +185,42 @@ ROWS = {
         {"shared_token_weight": "twice"},
         ValueError,
         r"`shared_token_weight` is 'twice'; .* \['per_trajectory', 'once', 'sampled'\]",
+    ),
+    "unknown value": (
+        {"value_estimate": "max"},
+        ValueError,
+        r"`value_estimate` is 'max'; .* \['leaf_mean', 'backup'\]",
+    ),
+    "negative kappa": (
+        {"sibling_kappa": -1},
+        ValueError,
+        "`sibling_kappa` is -1; it must be a number of leaves from 0",
+    ),
+    "kappa not a number": ({"sibling_kappa": math.nan}, ValueError, "`sibling_kappa` is nan; it must be"),
+    "shared tokens weighed twice": (
+        {"advantage": "treerl", "shared_token_weight": "once"},
+        ValueError,
+        "`shared_token_weight` is 'once', but `advantage='treerl'` weighs .* Use 'per_trajectory'",
+    ),
+    "gain over parents without branches": (
+        {"advantage": "segment_value", "branching": "independent"},
+        ValueError,
+        "`advantage` is 'segment_value', .* but no rollout continues another",
+    ),
+    "value that nothing uses": (
+        {"advantage": "treepo", "value_estimate": "backup"},
+        ValueError,
+        "`value_estimate` is 'backup', but `advantage='treepo'` is not made of .* Use 'leaf_mean', or .* ibtpo",
+    ),
+    "correction that nothing uses": (
+        {"advantage": "grpo", "selection_correction": True},
+        ValueError,
+        "`selection_correction` is True, but `advantage='grpo'`",
+    ),
+    "correction where nothing is chosen": (
+        {"branching": "independent", "selection_correction": True},
+        ValueError,
+        "`selection_correction` is True, but no step is chosen",
     ),
     "sampled weights and picks by reward": (
         {"shared_token_weight": "sampled", "branching": "ib"},

@@ -16,6 +16,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -42,8 +43,9 @@ class GrowthSettings:
     step_confidence: StepConfidence = "geometric_mean"
     max_completion_length: int = 2048
     branch_lookahead: int = 0
+    success_range: tuple[float, float] | None = None
 
-    @property
+    @cached_property
     def leaves(self) -> int:
         """`G = B0 + (L - 1) K B`."""
         return self.tree_initial_rollouts + (self.tree_levels - 1) * self.branches_per_round
@@ -90,6 +92,7 @@ class _Branch:
     grafted: int = 0  # tokens that are in the tree, in whole steps
     rollout: Rollout | None = None
     reward: float | None = None  # NaN: unknown for good; None: not known yet
+    complete: bool = False  # all is known that its tree waits for
 
 
 class TreeGrower:
@@ -121,7 +124,7 @@ class TreeGrower:
         clock: Clock = "tokens",
         strategy: Strategy | None = None,
     ):
-        self.tree = RolloutTree(prompt_ids)
+        self.tree = RolloutTree(prompt_ids, settings.success_range)
         self.settings = settings
         self.name = 0  # its place among the trees that grow together, which `drive` knows
         self._strategy = strategy if strategy is not None else make_strategy(settings.branching)
@@ -145,14 +148,10 @@ class TreeGrower:
     @property
     def can_advance(self) -> bool:
         """Whether enough rollouts are complete that a round might start, or the tree be done."""
-        complete = sum(self._complete(branch) for branch in self._pending)
+        complete = sum([branch.complete for branch in self._pending])
         running = len(self._pending) - complete
         more = len(self._branches) < self.settings.leaves
         return complete > 0 and running <= (self.settings.branch_lookahead if more else 0)
-
-    def _complete(self, branch: _Branch) -> bool:
-        """Whether all is known of a rollout that its tree waits for."""
-        return branch.rollout is not None and (branch.reward is not None or not self.waits_for_rewards)
 
     def scores(self) -> TreeScores:
         """Scores of the tree as grown so far."""
@@ -177,10 +176,11 @@ class TreeGrower:
             raise RuntimeError(
                 f"The engine returned {len(rollout.token_ids)} tokens for a rollout that asked for 1 to {allowed}."
             )
-        branch.rollout = rollout
+        branch.rollout, branch.complete = rollout, not self.waits_for_rewards
 
     def add_reward(self, leaf: int, reward: float) -> None:
-        self._branches[leaf].reward = reward
+        branch = self._branches[leaf]
+        branch.reward, branch.complete = reward, True
         self._unrewarded -= 1
         if not self.waits_for_rewards and not self._unrewarded:
             for branch in self._branches:  # in their order: sums do not depend on which was rewarded first
@@ -207,8 +207,8 @@ class TreeGrower:
         if not self.can_advance:
             return None
         ends = [(self._end(branch, engine), branch) for branch in self._pending]
-        first = min(end for end, branch in ends if self._complete(branch))
-        ahead = [(end, branch.rollout is None) for end, branch in ends if end <= first and not self._complete(branch)]
+        first = min(end for end, branch in ends if branch.complete)
+        ahead = [(end, branch.rollout is None) for end, branch in ends if end <= first and not branch.complete]
         if any(not running for _, running in ahead):
             return None  # sampled, but not rewarded
         return max((int(first - end) + 1 for end, _ in ahead), default=1)
@@ -240,16 +240,23 @@ class TreeGrower:
     def _describe_choice(
         self, steps: list[int], priority: np.ndarray, eligible: np.ndarray, deferred: np.ndarray
     ) -> Choice:
-        candidates = np.flatnonzero(eligible)
-        best = candidates[np.argsort(-priority[candidates], kind="stable")][:CANDIDATES_KEPT].tolist()
-        best += [step for step in dict.fromkeys(steps) if step not in best]
+        best = np.flatnonzero(eligible)
+        values, count = -priority[best], len(best)
+        if count > CANDIDATES_KEPT:  # sorting all of a large tree would take longer than scoring it
+            kept = ~(values > np.partition(values, CANDIDATES_KEPT)[CANDIDATES_KEPT])
+            best, values = best[kept], values[kept]
+        best = best[values.argsort(kind="stable")[:CANDIDATES_KEPT]]
+        ranked = best.tolist()
+        missing = [step for step in dict.fromkeys(steps) if step not in ranked]
+        if missing:
+            best = np.append(best, missing)
         return Choice(
             round=len(self._choices) + 1,
             steps=steps,
-            candidates=best,
+            candidates=ranked + missing,
             priorities=priority[best].tolist(),
-            deferred=[step for step in best if deferred[step]],
-            eligible=len(candidates),
+            deferred=best[deferred[best]].tolist(),
+            eligible=count,
         )
 
     def _eligible(self, scores: TreeScores) -> np.ndarray:
@@ -274,7 +281,7 @@ class TreeGrower:
             request_id=(self.name, leaf),
             prefix_ids=self.tree.prompt_ids + prefix,
             max_tokens=self.settings.max_completion_length - len(prefix),
-            seed=int(np.random.SeedSequence([*self._seed, 1, leaf]).generate_state(1)[0]),
+            seed=int(np.random.SeedSequence(np.array([*self._seed, 1, leaf], np.uint32)).generate_state(1)[0]),
         )
 
     def _end(self, branch: _Branch, engine: RolloutEngine | None) -> float:
@@ -290,8 +297,8 @@ class TreeGrower:
     def _end_next(self, engine: RolloutEngine | None) -> bool:
         """Let the rollout end that does so first on the tree's clock; false where it is not complete or not known."""
         # Of two that may end together the one not known comes first: what it has sampled by then is not known either.
-        branch = min(self._pending, key=lambda each: (self._end(each, engine), self._complete(each), each.leaf))
-        if not self._complete(branch):
+        branch = min(self._pending, key=lambda each: (self._end(each, engine), each.complete, each.leaf))
+        if not branch.complete:
             return False
         self._now = self._end(branch, engine)
         rollout, grafted = branch.rollout, branch.grafted

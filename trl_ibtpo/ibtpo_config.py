@@ -8,9 +8,11 @@ from typing import Any, get_args
 
 from trl import GRPOConfig
 
-from .advantages import ADVANTAGES, SharedTokenWeight
+from .advantages import ADVANTAGES, BY_VALUE, CreditSettings
 from .branching import STRATEGIES, uses_rewards
 from .growth import GrowthSettings
+from .values import VALUES
+from .weights import SharedTokenWeight
 
 
 def _is_whole(value: Any, least: int = 1) -> bool:
@@ -43,6 +45,8 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("branch_lookahead", lambda value: _is_whole(value, 0), "a whole number from 0 (the paper)"),
     ("tool_concurrency", _is_whole, "a whole number of at least 1, for example 32"),
+    ("log_trees", lambda value: _is_whole(value, 0), "a whole number of training steps, or 0 to record no trees"),
+    ("log_trees_count", _is_whole, "a whole number of at least 1"),
     (
         "max_completion_length",
         _is_whole,
@@ -55,6 +59,11 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("ib_beta", _is_positive, "positive (the paper uses 5)"),
     ("ib_coef", _is_number, "a number (the paper uses 0.1)"),
+    (
+        "sibling_kappa",
+        lambda value: isinstance(value, Real) and not isinstance(value, bool) and value >= 0,
+        "a number of leaves from 0 (only the nearest siblings count), or infinite (all other leaves of the question)",
+    ),
     (
         "success_range",
         lambda value: value is None or _is_range(value),
@@ -71,6 +80,13 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda value: isinstance(value, str) and value != "",
         "the text that ends a step, for example '\\n\\n'",
     ),
+)
+
+SAMPLED_BY_REWARD = (
+    "`shared_token_weight` is 'sampled', which takes the children of a step for equal samples of the policy, but "
+    "`branching` is {!r}, which looks at rewards: a step that is branched because its first answers were right has "
+    "children whose answers are right more often than the policy's. Use `branching='confidence'` or 'random', or "
+    "`shared_token_weight='once'`."
 )
 
 
@@ -154,9 +170,19 @@ class IBTPOConfig(GRPOConfig):
         > Parameters that turn the tree into advantages
 
         advantage (`str`, *optional*, defaults to `"ibtpo"`):
-            Advantage of each step: `"ibtpo"` (global plus local term) or `"grpo"` (that of the trajectory).
+            Advantage of each step: `"ibtpo"` (global plus local term), `"grpo"` (that of the trajectory), `"treerl"`,
+            `"treepo"`, `"treepo_size_weighted"`, `"tree_grpo"`, `"segment_value"` (SPO) or `"sibling"` (against other
+            leaves, the nearer ones counting more). docs/methods.md has the formulas.
         ib_coef (`float`, *optional*, defaults to `0.1`):
-            Weight of the local term \( A_{IB} \). The paper's \( \lambda \).
+            Weight of the local term \( A_{IB} \) of `"ibtpo"`. The paper's \( \lambda \).
+        sibling_kappa (`float`, *optional*, defaults to `16.0`):
+            How many leaves the leaves further up the tree are worth in the baseline of `"sibling"`: 0 compares a step
+            with its nearest siblings alone, infinity with all other leaves of the question.
+        value_estimate (`str`, *optional*, defaults to `"leaf_mean"`):
+            Value of a step in `"ibtpo"`'s global term, `"treerl"`, `"segment_value"` and `"sibling"`: `"leaf_mean"`
+            over the leaves under it, or `"backup"`, the mean of its children's values, each child one sample.
+        selection_correction (`bool`, *optional*, defaults to `False`):
+            Whether to take off the value of a branched step what it is expected to owe to being chosen.
         shared_token_weight (`str`, *optional*, defaults to `"per_trajectory"`):
             Weight of a token that several trajectories share in the policy loss: `"per_trajectory"` counts it once
             for each of them, `"once"` once in all, and `"sampled"` as the sample of the policy that it is: the
@@ -172,6 +198,14 @@ class IBTPOConfig(GRPOConfig):
             `"eager"` or `"flex_attention"`, and the same log-probabilities as TRL's forward on a small batch that is
             compared before the first step. `True` makes it an error where it is not. Trees then stay together in a
             micro-batch, so `per_device_train_batch_size` is best a multiple of `num_generations`.
+
+        > Parameters that control what is recorded
+
+        log_trees (`int`, *optional*, defaults to `0`):
+            Record trees in `output_dir/trees/` in the first training step and in every so many, to be looked at with
+            `trl-ibtpo view`. `0` records none.
+        log_trees_count (`int`, *optional*, defaults to `4`):
+            How many trees of such a step are recorded: the first ones of the main process.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
@@ -358,7 +392,27 @@ class IBTPOConfig(GRPOConfig):
     )
     ib_coef: float = field(
         default=0.1,
-        metadata={"help": "Weight of the local term of the advantage. The paper's lambda."},
+        metadata={"help": "Weight of the local term of the advantage 'ibtpo'. The paper's lambda."},
+    )
+    sibling_kappa: float = field(
+        default=16.0,
+        metadata={
+            "help": "How many leaves the leaves further up the tree are worth in the baseline of 'sibling': 0 "
+            "compares with the nearest siblings alone, infinity with all other leaves of the question."
+        },
+    )
+    value_estimate: str = field(
+        default="leaf_mean",
+        metadata={
+            "help": "Value of a step: the mean over the leaves under it, or the mean of its children's values.",
+            "choices": list(VALUES),
+        },
+    )
+    selection_correction: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to take off the value of a branched step what it is expected to owe to being chosen."
+        },
     )
     shared_token_weight: str = field(
         default="per_trajectory",
@@ -376,6 +430,19 @@ class IBTPOConfig(GRPOConfig):
             "help": "Whether to compute each token that rows of a micro-batch share only once. If `None`, where it is "
             "exact; if `True`, it is an error where it is not."
         },
+    )
+
+    # Parameters that control what is recorded
+    log_trees: int = field(
+        default=0,
+        metadata={
+            "help": "Record trees in `output_dir/trees/` in the first training step and in every so many, to look at "
+            "with `trl-ibtpo view`. 0 records none."
+        },
+    )
+    log_trees_count: int = field(
+        default=4,
+        metadata={"help": "How many trees of such a step are recorded: the first ones of the main process."},
     )
 
     def __post_init__(self):
@@ -401,6 +468,11 @@ class IBTPOConfig(GRPOConfig):
     def growth_settings(self) -> GrowthSettings:
         """What the growth of a tree depends on."""
         return GrowthSettings(**{each.name: getattr(self, each.name) for each in fields(GrowthSettings)})
+
+    @property
+    def credit_settings(self) -> CreditSettings:
+        """What the advantages of a tree depend on."""
+        return CreditSettings(**{each.name: getattr(self, each.name) for each in fields(CreditSettings)})
 
     @property
     def branches(self) -> bool:
@@ -437,11 +509,26 @@ class IBTPOConfig(GRPOConfig):
     def _check_credit(self) -> None:
         """Combinations that would train on something else than they say."""
         if self.shared_token_weight == "sampled" and self.branches_by_reward:
+            raise ValueError(SAMPLED_BY_REWARD.format(self.branching))
+        if self.shared_token_weight != "per_trajectory" and self.advantage == "treerl":
             raise ValueError(
-                f"`shared_token_weight` is 'sampled', which takes the children of a step for equal samples of the "
-                f"policy, but `branching` is {self.branching!r}, which looks at rewards: a step that is branched "
-                "because its first answers were right has children whose answers are right more often than the "
-                "policy's. Use `branching='confidence'` or 'random', or `shared_token_weight='once'`."
+                f"`shared_token_weight` is {self.shared_token_weight!r}, but `advantage='treerl'` weighs shared "
+                "tokens itself, by the square root of their number of leaves. Use 'per_trajectory'."
+            )
+        if self.advantage == "segment_value" and not self.branches:
+            raise ValueError(
+                "`advantage` is 'segment_value', the gain of a step over its parent, but no rollout continues another "
+                "one: every step after the first would get 0. Use `advantage='grpo'`, or branch."
+            )
+        for name, plain in (("value_estimate", "leaf_mean"), ("selection_correction", False)):
+            if getattr(self, name) != plain and self.advantage not in BY_VALUE:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r}, but `advantage={self.advantage!r}` is not made of the "
+                    f"values of steps. Use {plain!r}, or one of these advantages: {', '.join(BY_VALUE)}."
+                )
+        if self.selection_correction and not self.branches:
+            raise ValueError(
+                "`selection_correction` is True, but no step is chosen: no rollout continues another one."
             )
 
     def _check_whole_trees(self) -> None:

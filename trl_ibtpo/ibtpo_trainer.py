@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl import GRPOTrainer
 
-from .advantages import token_advantages
+from .advantages import ADVANTAGES, AdvantageFunction, GradedTree, TokenAdvantages, token_advantages, whiten
 from .branching import Strategy, make_strategy, uses_rewards
 from .engines.vllm_cpu import CPUVLLMGeneration, runs_on_cpu
 from .growth import GrownTree
@@ -29,8 +29,9 @@ from .training.generation import Grown, TreeGeneration
 from .training.hooks import check_hooks
 from .training.metrics import TreeMetrics, mean_per_question
 from .training.model_card import complete_card, tree_to_show
-from .training.rewards import RewardScorer, describe_scaling
+from .training.rewards import RewardScorer
 from .training.tools import ToolHost
+from .viewing.recorder import TreeLog
 
 logger = logging.get_logger(__name__)
 
@@ -73,6 +74,8 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         model, reward_funcs, args, train_dataset, eval_dataset, processing_class, kwargs:
             As in [`~trl.GRPOTrainer`], with [`IBTPOConfig`] for `args`. `tools`, `environment_factory` and
             `rollout_func` are not supported: a tree branches inside a single completion.
+        advantage (`Callable`, *optional*):
+            A function of your own in place of the one that `advantage` in `args` names; see docs/methods.md.
         branching:
             A strategy of your own in place of the one that [`IBTPOConfig`] names: a function that gives every step of
             a tree a priority, see [`branching.Strategy`].
@@ -101,6 +104,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         eval_dataset: Any = None,
         processing_class: Any = None,
         *,
+        advantage: AdvantageFunction | None = None,
         branching: Strategy | None = None,
         **kwargs: Any,
     ):
@@ -111,6 +115,9 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             raise TypeError(
                 f"`args` is a {type(args).__name__}; IBTPOTrainer needs an IBTPOConfig, which takes the same fields."
             )
+        checks.check_advantage(advantage, args)
+        self._advantage = ADVANTAGES[args.advantage] if advantage is None else advantage
+        self._advantage_name = args.advantage if advantage is None else checks.name_of(advantage)
         checks.check_strategy(branching, args)
         self._strategy = make_strategy(args.branching) if branching is None else branching
         self._branching = args.branching if branching is None else checks.name_of(branching)
@@ -140,10 +147,13 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         self._splitter = StepSplitter(self._tokenizer, args.step_delimiter)
         self._tree_inputs: list[dict[str, Any]] = []  # dataset rows of the generation batch being made
         self._grown: list[GrownTree] = []
+        self._token_advantages: list[TokenAdvantages] = []
         self._scorer: RewardScorer | None = None
         self._host: ToolHost | None = None
         self._prompts: list = []  # of the generation batch being made, one per row
         self._shown_tree: tuple[GrownTree, int] | None = None  # and its training step, for the model card
+        self._tree_log = TreeLog(self, args.log_trees, args.log_trees_count)
+        self.add_callback(self._tree_log)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """As in TRL, except that `resume_from_checkpoint=True` is the last checkpoint that was written to the end."""
@@ -173,6 +183,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
                 self._shown_tree,
                 success_reward=self.reward_func_names[self._success_index],
                 branching=self._branching,
+                advantage=self._advantage_name,
                 adapter=is_peft_model(self.accelerator.unwrap_model(self.model)),
             )
         except Exception as error:  # a checkpoint is worth more than its card
@@ -192,14 +203,17 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         self._tree_inputs = inputs
         try:
             output = super()._generate_and_score_completions(inputs)
-            output["advantages"] = self._step_advantages(output["advantages"], output["completion_ids"])
+            output["advantages"] = self._step_advantages(output)
             output["row"] = torch.arange(len(inputs), device=output["advantages"].device)
             if hasattr(self._strategy, "learn"):
                 found = [self._strategy.evidence(grown.tree, grown.scores) for grown in self._grown]
                 self._strategy.learn([each for trees in gather_object(found) for each in trees])
             self._shown_tree = tree_to_show(self._grown), self.state.global_step + 1
+            rewards, batch = self._scorer.rewards, self._last_batch[1]
+            self._tree_log.record(self._grown, self._token_advantages, self._prompts, rewards, batch)
         finally:
-            self._tree_inputs, self._grown, self._scorer, self._host, self._prompts = [], [], None, None, []
+            self._tree_inputs, self._grown, self._token_advantages, self._scorer = [], [], [], None
+            self._host, self._prompts = None, []
         return output
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
@@ -210,7 +224,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         if images is not None:
             raise ValueError(checks.NO_IMAGES)
         if self._growing_alone:
-            raise Grown(self._grow(self._tree_inputs, prompt_ids)[0])
+            raise Grown(*self._grow(self._tree_inputs, prompt_ids)[:2])
         self._grown, self._scorer, self._host = self._grow(self._tree_inputs, prompt_ids, self._next_batch())
         completion_ids, logprobs, masks = self._trajectories()
         # TRL decodes the first turn, and asks `_tool_call_loop` for what follows it.
@@ -269,12 +283,8 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             self._log_metric(name, sum(value * count for value, count in calls) / leaves)
         self._log_timeouts(scorer)
         rewards = self.accelerator.gather(torch.tensor(scorer.rewards, device=self.accelerator.device))
-        if self.model.training and not self._scaling_said:
-            success = rewards[:, self._success_index].cpu().double().numpy()
-            message = describe_scaling(self.reward_func_names[self._success_index], success)
-            self._scaling_said = message is not None
-            if message is not None and self.accelerator.is_main_process:
-                logger.warning(message)
+        if self.model.training:
+            self._say_scaling(rewards[:, self._success_index].cpu().numpy())
         return rewards
 
     def _log_timeouts(self, scorer: RewardScorer) -> None:
@@ -290,32 +300,42 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
 
     # ----- advantages ------------------------------------------------------------------------------------------------
 
-    def _step_advantages(self, advantages: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:
-        """Replace GRPO's advantage of each trajectory by those of its steps: `(B,)` to `(B, T)`."""
+    def _step_advantages(self, output: dict[str, Any]) -> torch.Tensor:
+        """What replaces GRPO's advantage of each trajectory: those of its steps, weighted; `(B,)` to `(B, T)`."""
+        advantages = output["advantages"]
         unscorable = np.isnan(self._scorer.rewards).all(axis=1)
         advantage_B = np.where(unscorable, np.nan, advantages.cpu().double().numpy())
-        metrics, values_B = TreeMetrics(), []
+        metrics, values_B, weights_B = TreeMetrics(), [], []
         for grown, advantage_L in zip(self._grown, np.split(advantage_B, len(self._grown)), strict=True):
-            found = token_advantages(
-                grown.tree,
-                grown.scores,
-                advantage_L,
-                advantage=self.args.advantage,
-                ib_coef=self.args.ib_coef,
-                shared_token_weight=self.args.shared_token_weight,
-            )
+            graded = GradedTree(grown.tree, grown.scores, advantage_L, self.args.credit_settings, grown.choices)
+            found = token_advantages(graded, self._advantage)
             metrics.add_tree(grown, found)
-            values_B += found.values
-        per_token = np.zeros(completion_ids.shape)
-        for row, values_T in zip(per_token, values_B, strict=True):
-            row[: len(values_T)] = values_T
-        found = metrics.reduce(self.accelerator)
+            self._token_advantages.append(found)
+            values_B += found.advantages
+            weights_B += found.weights
+        logged = metrics.reduce(self.accelerator)
         if self._host is not None and (counts := self._host.counts()):
-            found |= mean_per_question(counts, len(self._grown), self.accelerator)
-        for name, value in found.items():
+            logged |= mean_per_question(counts, len(self._grown), self.accelerator)
+        for name, value in logged.items():
             self._metrics["train"][name].append(value)
+
+        def padded(rows: list[np.ndarray]) -> np.ndarray:
+            result = np.zeros(output["completion_ids"].shape)
+            for row, values_T in zip(result, rows, strict=True):
+                row[: len(values_T)] = values_T
+            return result
+
+        per_token = padded(values_B)
+        if getattr(self._advantage, "whitened", False):
+            mask = output["completion_mask"] * output.get("tool_mask", 1)
+            per_token = whiten(per_token, mask.cpu().numpy() > 0, self._sum_over_processes)
+        per_token *= padded(weights_B)
         self._rewrite_logged_advantages(per_token)
         return torch.tensor(per_token, dtype=advantages.dtype, device=advantages.device)
+
+    def _sum_over_processes(self, values: np.ndarray) -> np.ndarray:
+        local = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device)
+        return self.accelerator.reduce(local, reduction="sum").double().cpu().numpy()
 
     def _rewrite_logged_advantages(self, per_token: np.ndarray) -> None:
         """The completions table shows one number per trajectory: the mean over its tokens."""
@@ -366,7 +386,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         if args.success_range is not None:
             success += " between {} and {} (`success_range`)".format(*args.success_range)
         return (
-            f"IB-TPO: {shape}, {trees} per process and generation; advantage '{args.advantage}' "
+            f"IB-TPO: {shape}, {trees} per process and generation; advantage '{self._advantage_name}' "
             f"(ib_coef={args.ib_coef}, ib_beta={args.ib_beta}); success from {success}; engine: {engine}; forward: "
             f"{self._forward_in_words()}{self._describe_tools()}."
         )

@@ -13,11 +13,13 @@ rollouts, `_T` tokens of a trajectory.
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import pairwise
 from math import isnan, nan
 from typing import NamedTuple
 
 import numpy as np
+
+ROUNDING = 2e-6  # by which a reward may be outside [0, 1] and count as inside
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +50,18 @@ class RolloutTree:
 
     Args:
         prompt_ids: token ids of the question.
+        success_range: the rewards that are success 0 and 1, see `add_reward`.
     """
 
-    def __init__(self, prompt_ids: Sequence[int]):
+    def __init__(self, prompt_ids: Sequence[int], success_range: tuple[float, float] | None = None):
         self.prompt_ids = list(prompt_ids)
         self.leaves: list[int] = []  # step index of each rollout's last step so far
         self.branch_steps: list[int] = []  # step index each rollout was opened after
         self.rounds: list[int] = []  # round that each rollout belongs to, 0 for the initial ones
         self.rewards: list[float] = []  # of each leaf, from the function that names success; NaN where unknown
         self.success: list[float] = []  # the same in [0, 1], see `add_reward`
-        self._range = (0.0, 1.0)  # rewards that are success 0 and 1
+        self._range = success_range or (0.0, 1.0)  # the same, or what they are so far
+        self._range_is_known = success_range is not None
         self._pieces: list[_Piece] = []
         # Of each step; the root's come first.
         self._parents, self._ends, self._piece_of = array("q", [-1]), array("q", [0]), array("q", [-1])
@@ -116,7 +120,11 @@ class RolloutTree:
                 f"A rollout needs at least one token, one log-probability a token and steps that cover it; got "
                 f"{len(token_ids)} tokens, {len(logprobs)} log-probabilities and step ends {list(step_ends)}."
             )
-        observed, logprobs = _observations(logprobs, step_ends)
+        try:
+            totals, observed = _sums(logprobs, step_ends), [0] * len(step_ends)
+        except TypeError:  # a None; looking for one would take longer than all sums
+            observed, logprobs = _observations(logprobs, step_ends)
+            totals = _sums(logprobs, step_ends)
         after, first, count = self.leaves[leaf], len(self), len(step_ends)
         before = self._ends[after]
         self._parents.extend([after, *range(first, first + count - 1)])
@@ -126,13 +134,13 @@ class RolloutTree:
         self._child_counts[after] += 1
         self._child_counts.extend([1] * (count - 1) + [0])
         self._observed.extend(observed)
-        for start, end in pairwise([0, *step_ends]):
-            total, known = sum(logprobs[start:end]), end - start
-            if isnan(total):
-                numbers = [logprob for logprob in logprobs[start:end] if not isnan(logprob)]
-                total, known = sum(numbers), len(numbers)
-            self._logprob_sums.append(total)
-            self._logprob_counts.append(known)
+        counts = [end - start for start, end in pairwise([0, *step_ends])]
+        if isnan(sum(totals)):
+            for step, end in enumerate(step_ends):
+                numbers = [logprob for logprob in logprobs[end - counts[step] : end] if not isnan(logprob)]
+                totals[step], counts[step] = sum(numbers), len(numbers)
+        self._logprob_sums.extend(totals)
+        self._logprob_counts.extend(counts)
         self._success_sums.extend([0.0] * count)
         self._success_counts.extend([0.0] * count)
         self.leaves[leaf] = first + count - 1
@@ -141,15 +149,16 @@ class RolloutTree:
     def add_reward(self, leaf: int, reward: float) -> None:
         """What the reward function that names success gave to a whole trajectory; NaN where it gave nothing.
 
-        Success is a reward in [0, 1] as it is. Where this tree has a reward outside of it, success is
-        `(reward - min) / (max - min)` over its rewards so far, and 1/2 where all are equal: no information.
+        Success is a reward in [0, 1] as it is, or `(reward - low) / (high - low)` where the range is known, clipped.
+        Where it is not and this tree has a reward outside of [0, 1], success is `(reward - min) / (max - min)` over
+        its rewards so far, and 1/2 where all are equal: no information.
         """
         self.rewards[leaf] = reward
         if isnan(reward):
             return
         low, high = self._range
-        if low == 0.0 and high == 1.0 and 0.0 <= reward <= 1.0:
-            self._add_success(leaf, reward)
+        if self._range_is_known or (low == 0.0 and high == 1.0 and abs(reward - 0.5) <= 0.5 + ROUNDING):
+            self._add_success(leaf, min(max((reward - low) / (high - low), 0.0), 1.0))
             return
         known = [other for other in self.rewards if not isnan(other)]
         if self._range != (min(known), max(known)):
@@ -188,12 +197,14 @@ class RolloutTree:
         return self._joined(self.leaves[leaf], "token_ids"), self._joined(self.leaves[leaf], "logprobs")
 
     def _joined(self, step: int, what: str) -> list:
-        parts = []
+        parts, joined = [], []
         while step > 0:
             piece = self._pieces[self._piece_of[step]]
             parts.append(getattr(piece, what)[: self._ends[step] - self._ends[piece.after]])
             step = piece.after
-        return list(chain.from_iterable(reversed(parts)))
+        for part in reversed(parts):
+            joined += part
+        return joined
 
     def parents(self) -> np.ndarray:
         """Parent index of every step, `(N,)`; -1 for the root."""
@@ -238,15 +249,16 @@ class RolloutTree:
         """
         values_L = np.asarray(values_L, dtype=np.float64)
         known_L = ~np.isnan(values_L)
-        totals = self._sum_over_leaves(np.where(known_L, values_L, 0.0))
-        counts = self._sum_over_leaves(known_L.astype(np.float64))
+        totals = self.sum_over_leaves(np.where(known_L, values_L, 0.0))
+        counts = self.sum_over_leaves(known_L.astype(np.float64))
         return np.divide(totals, counts, out=np.full(len(self), np.nan), where=counts > 0)
 
     def leaf_count(self) -> np.ndarray:
         """Number of leaves under every step, itself included; `(N,)`."""
-        return self._sum_over_leaves(np.ones(len(self.leaves)))
+        return self.sum_over_leaves(np.ones(len(self.leaves)))
 
-    def _sum_over_leaves(self, values_L: np.ndarray) -> np.ndarray:
+    def sum_over_leaves(self, values_L: np.ndarray) -> np.ndarray:
+        """Sum of a leaf value over the leaves under every step; `(L,)` to `(N,)`."""
         sums = np.zeros(len(self))
         np.add.at(sums, self.leaves, values_L)
         sums = sums.tolist()
@@ -265,10 +277,13 @@ class RolloutTree:
         return sum(self._ends[leaf] for leaf in self.leaves)
 
 
-def _observations(logprobs: Sequence[float | None], step_ends: Sequence[int]) -> tuple[list[int], Sequence[float]]:
+def _sums(logprobs: Sequence[float], step_ends: Sequence[int]) -> list[float]:
+    """Sampling log-probability of each step."""
+    return [sum(logprobs[start:end]) for start, end in pairwise([0, *step_ends])]
+
+
+def _observations(logprobs: Sequence[float | None], step_ends: Sequence[int]) -> tuple[list[int], list[float]]:
     """How many of the last tokens of each step nobody sampled, and the log-probabilities with NaN for those."""
-    if None not in logprobs:
-        return [0] * len(step_ends), logprobs
     observed = []
     for start, end in pairwise([0, *step_ends]):
         values = logprobs[start:end]

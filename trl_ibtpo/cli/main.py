@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "train with IBTPOTrainer, as `trl grpo` does with GRPOTrainer",
     "evaluate": "avg@k and pass@k on a JSONL or a benchmark",
     "tree": "grow and draw one tree",
+    "view": "look at the trees of a run, in one HTML file or while it trains",
     "doctor": "what is installed, and what of this package will be on",
 }
 

@@ -3,12 +3,12 @@
 import argparse
 import dataclasses
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..growth import GrownTree, GrowthSettings
-from .common import Parser, UsageError, write_json
+from .common import Parser, UsageError
 
 # Fields of IBTPOConfig that are arguments here, with their types, defaults and help there.
 CONFIG_FIELDS = [field.name for field in dataclasses.fields(GrowthSettings)]
@@ -33,7 +33,7 @@ def make_parser() -> Parser:
     parser.option("use_vllm", action="store_true", help="generate with vLLM instead of transformers")
     parser.option("seed", type=int, default=42, help="of the rollouts")
     parser.option("out", metavar="FILE", help="picture to write: .png, .svg or .pdf")
-    parser.option("json", metavar="FILE", help="also write the tree to FILE")
+    parser.option("json", metavar="FILE", help="also write the tree to FILE, for `trl-ibtpo view`")
     for field in dataclasses.fields(IBTPOConfig):
         if field.name in CONFIG_FIELDS:
             is_switch = isinstance(field.default, bool)
@@ -49,24 +49,34 @@ def run(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     from ..viewing.drawing import draw_tree
-    from ..viewing.text import describe_tree, render_tree
+    from ..viewing.records import dump_record, record_tree
+    from ..viewing.text import render_tree
 
     if args.out is not None and Path(args.out).suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--out is {args.out!r}; it must end with .png, .svg or .pdf.")
     question = args.question if args.question is not None else Path(args.question_file).read_text(encoding="utf-8")
     if not question.strip():
         raise UsageError("The question is empty.")
-    grown, decode = _grow(args, question)
-    Console().print(render_tree(grown, decode, question))
+    grown, tokenizer = _grow(args, question)
+    record = record_tree(
+        grown,
+        tokenizer.decode,
+        question=question,
+        rewards={"math-verify": grown.tree.rewards},
+        end_ids=[tokenizer.eos_token_id],
+    )
+    record |= {"answer": args.answer, "arguments": vars(args)}
+    Console().print(render_tree(record))
     if args.out is not None:
-        draw_tree(grown, args.out, title=question, decode=decode)
-    described = describe_tree(grown, decode)
-    write_json(args.json, {"question": question, "answer": args.answer, "arguments": vars(args), **described})
+        draw_tree(record, args.out)
+    if args.json is not None:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(dump_record(record) + "\n", encoding="ascii")
     return 0
 
 
-def _grow(args: argparse.Namespace, question: str) -> tuple[GrownTree, Callable[[list[int]], str]]:
-    """One tree by the trainer's own way of growing them, and the tokenizer's decoder."""
+def _grow(args: argparse.Namespace, question: str) -> tuple[GrownTree, Any]:
+    """One tree by the trainer's own way of growing them, and the tokenizer."""
     import torch
     from datasets import Dataset
 
@@ -105,4 +115,4 @@ def _grow(args: argparse.Namespace, question: str) -> tuple[GrownTree, Callable[
         trainer = IBTPOTrainer(args.model, success, config, Dataset.from_list([row]), processing_class=tokenizer)
         trainer.model.eval()
         (grown,) = trainer.grow_trees([row])
-    return grown, tokenizer.decode
+    return grown, tokenizer

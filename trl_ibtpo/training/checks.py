@@ -12,6 +12,7 @@ from transformers.utils import logging
 from trl import GRPOConfig
 from trl.distributed import DistributedBackend
 
+from ..advantages import ADVANTAGES
 from ..branching import STRATEGIES, uses_rewards
 
 logger = logging.get_logger(__name__)
@@ -145,6 +146,23 @@ _LOCAL_PROCESSES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZ
 def name_of(function: Callable) -> str:
     """What a user's own function is called in messages, records and cards."""
     return getattr(function, "__name__", type(function).__name__)
+
+
+def check_advantage(advantage: Any, args: GRPOConfig) -> None:
+    """Raise where what the trainer got as `advantage` cannot give advantages, or has the name of one that is here."""
+    if advantage is None:
+        return
+    if not callable(advantage) or isinstance(advantage, type):
+        raise TypeError(
+            f"`advantage` of the trainer is {advantage!r}; give a function of a GradedTree that returns the advantage "
+            "of every step or trajectory. An advantage of the package is a name in the configuration: "
+            "IBTPOConfig(advantage='grpo')."
+        )
+    if name_of(advantage) in ADVANTAGES and advantage is not ADVANTAGES[name_of(advantage)]:
+        raise ValueError(
+            f"`advantage` of the trainer is a function named '{name_of(advantage)}', as an advantage of the package "
+            "is. Rename it: model cards and records go by this name."
+        )
 
 
 def check_strategy(strategy: Any, args: GRPOConfig) -> None:

@@ -6,6 +6,7 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 from transformers.utils import logging
 from trl.chat_template_utils import parse_response
@@ -23,7 +24,7 @@ from ..engines.vllm_server import VLLMServerEngine
 from ..growth import GrownTree, TreeGrower, drive
 from . import checks
 from .environments import close
-from .rewards import RewardScorer
+from .rewards import RewardScorer, describe_scaling
 from .tools import ToolHost
 
 logger = logging.get_logger(__name__)
@@ -60,6 +61,7 @@ class TreeGeneration:
             # TRL resets environments and finds the tools of every row on its way to generation; no further.
             super()._generate_and_score_completions(inputs)
         except Grown as grown:
+            self._say_scaling(grown.scorer.rewards[:, self._success_index])
             return grown.trees
         finally:
             self._growing_alone, self.environments = False, before
@@ -81,6 +83,15 @@ class TreeGeneration:
     def _generate(self, prompts: list) -> tuple:
         self._prompts = prompts  # with what environments answered to `reset`
         return super()._generate(prompts)
+
+    def _say_scaling(self, rewards: np.ndarray) -> None:
+        """Say once how success is made of rewards outside [0, 1], where it matters."""
+        if self._scaling_said:
+            return
+        message = describe_scaling(self.reward_func_names[self._success_index], rewards.astype(float))
+        self._scaling_said = message is not None
+        if message is not None and self.accelerator.is_main_process:
+            logger.warning(message)
 
     def _grow(
         self, inputs: list[dict[str, Any]], prompt_ids: list[list[int]], batch: int = 0
@@ -251,7 +262,6 @@ class TreeGeneration:
             reward_names=self.reward_func_names,
             reward_processing_classes=self.reward_processing_classes,
             success_index=self._success_index,
-            success_range=self.args.success_range,
             decode=decode,
             shared_arguments={"trainer_state": self.state},
             event_loop=getattr(self, "async_loop", None),
@@ -264,8 +274,8 @@ class TreeGeneration:
 class Grown(BaseException):
     """Ends what TRL does with a generation batch once its trees are grown."""
 
-    def __init__(self, trees: list[GrownTree]):
-        self.trees = trees
+    def __init__(self, trees: list[GrownTree], scorer: RewardScorer):
+        self.trees, self.scorer = trees, scorer
 
 
 @contextmanager

@@ -84,6 +84,7 @@ def complete_card(
     *,
     success_reward: str,
     branching: str,
+    advantage: str,
     adapter: bool,
 ) -> None:
     """Add the section about trees, and its pictures, to the card that TRL has written.
@@ -94,7 +95,7 @@ def complete_card(
         log_history: `trainer.state.log_history`; without any rate of `RATES` there is no picture of them.
         shown: the tree to draw and the training step it was grown for; none before the first generation.
         success_reward: name of the reward function that says whether an answer is right.
-        branching: name of the strategy, which may be a user's own function.
+        branching, advantage: names of the strategy and of the advantage, which may be a user's own functions.
         adapter: whether the folder holds an adapter of `peft` rather than a model.
     """
     folder = Path(folder)
@@ -120,19 +121,19 @@ def complete_card(
         branches=args.branches,
         tail=heading + tail,
         leaves=args.num_generations,
-        rows=_rows(args, success_reward, branching),
+        rows=_rows(args, success_reward=success_reward, branching=branching, advantage=advantage),
         curve=curve,
         tree=tree,
         step=shown[1] if shown is not None else None,
     ).save(folder / "README.md")
 
 
-def _rows(args: GRPOConfig, success_reward: str, branching: str) -> list[tuple[str, str, str]]:
+def _rows(args: GRPOConfig, **said: str) -> list[tuple[str, str, str]]:
     """Name, the paper's symbol and value of every field that belongs to the method."""
     inherited = {field.name for field in fields(GRPOConfig)}
     names = [field.name for field in fields(args) if field.name not in inherited]
     values = {name: getattr(args, name) for name in (*names, *SHARED_FIELDS)}
-    values |= {"success_reward": success_reward, "branching": branching}
+    values |= said
     return [(name, SYMBOLS.get(name, ""), as_text(value)) for name, value in values.items()]
 
 

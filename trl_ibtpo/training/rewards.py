@@ -27,6 +27,7 @@ from transformers.utils import logging
 from trl.data_utils import apply_chat_template, is_conversational
 from trl.trainer.utils import is_async_callable
 
+from ..tree import ROUNDING
 from .time_limit import TimeLimitExceeded, call_within, can_interrupt
 
 logger = logging.get_logger(__name__)
@@ -38,7 +39,7 @@ class RewardFunctionError(RuntimeError):
 
 def out_of_range(rewards: np.ndarray) -> np.ndarray:
     """Which of them are outside [0, 1] by more than rounding; NaN is not."""
-    return np.abs(rewards - 0.5) > 0.5 + 2e-6
+    return np.abs(rewards - 0.5) > 0.5 + ROUNDING
 
 
 def describe_scaling(name: str, rewards: np.ndarray) -> str | None:
@@ -79,7 +80,6 @@ class RewardScorer:
         leaves_per_tree: G.
         reward_funcs, reward_names, reward_processing_classes: as in TRL's trainer.
         success_index: the reward function that says how right a leaf is.
-        success_range: its values that are success 0 and 1; without it, `collect` returns the value itself.
         decode: completion token ids (one list per leaf) and their rows to completions as TRL passes them on.
         shared_arguments: arguments that do not depend on rows (`trainer_state`).
         event_loop: where asynchronous functions run; needed only if there are any.
@@ -102,7 +102,6 @@ class RewardScorer:
         reward_names: Sequence[str],
         reward_processing_classes: Sequence[Any],
         success_index: int,
-        success_range: tuple[float, float] | None = None,
         decode: Callable[[list[list[int]], list[int]], list],
         shared_arguments: dict[str, Any],
         event_loop: asyncio.AbstractEventLoop | None,
@@ -124,7 +123,6 @@ class RewardScorer:
         self._reward_names = reward_names
         self._reward_processing_classes = reward_processing_classes
         self._success_index = success_index
-        self._success_range = success_range
         self._decode = decode
         self._shared_arguments = shared_arguments
         self._event_loop = event_loop
@@ -189,15 +187,8 @@ class RewardScorer:
             futures = [future for call in self._calls for future in call.pending]
             self._wait(futures)
         rows = [row for call in complete for row in call.rows]
-        values = self._success(self.rewards[rows, self._success_index].astype(float)).tolist()
+        values = self.rewards[rows, self._success_index].tolist()
         return [(*divmod(row, self._leaves_per_tree), value) for row, value in zip(rows, values, strict=True)]
-
-    def _success(self, rewards: np.ndarray) -> np.ndarray:
-        """Success in [0, 1] where the range of the rewards is known, else what the tree makes success of."""
-        if self._success_range is None:
-            return np.where(out_of_range(rewards), rewards, np.clip(rewards, 0, 1))
-        low, high = self._success_range
-        return np.clip((rewards - low) / (high - low), 0, 1)
 
     def warn_of_timeouts(self) -> None:
         """Name each function that left completions unscored because of its time limit."""

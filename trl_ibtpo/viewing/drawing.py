@@ -1,6 +1,6 @@
 """Pictures of a tree and of a training run.
 
-Pure functions of a `GrownTree`, or of the trainer's `log_history`.
+Pure functions of a `GrownTree` or its record, or of the trainer's `log_history`.
 matplotlib is imported when a picture is drawn, and only its object interface is used: no window, no global state.
 """
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..growth import GrownTree
-from ..tree import RolloutTree
 from .lines import one_line
+from .records import Record, record_tree
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,66 +23,71 @@ _COLOURS = ("#555555", "#2166ac", "#d95f02", "#1b7837", "#762a83", "#b2182b")
 
 
 def draw_tree(
-    grown: GrownTree,
+    shown: GrownTree | Record,
     path: str | Path | None = None,
     *,
-    title: str = "Rollout tree",
+    title: str | None = None,
     decode: Callable[[list[int]], str] | None = None,
 ) -> "Figure":
     """Draw a tree from left to right: one row per leaf, a step where its last token stands.
 
     Args:
-        grown: the density `p(s)` colours the steps; below a success of 0.5 a leaf is marked wrong.
+        shown: the density `p(s)` colours the steps; below a success of 0.5 a leaf is marked wrong.
         path: where to save the picture.
-        title: heading, for example the question.
-        decode: token ids to text, to write the steps where there is room. The text may hold anything.
+        title: heading; default: the question of a record.
+        decode: token ids of a `GrownTree` to text, to write the steps where there is room. The text may hold anything.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    tree = grown.tree
-    rows = _rows(tree)
-    ends = [step.end for step in tree.steps]
-    width = max(ends)
-    figure = Figure(figsize=(13, 1.6 + 0.5 * len(tree.leaves)), layout="constrained")
+    with_text = decode is not None or isinstance(shown, dict)
+    record = as_record(shown, decode)
+    nodes, leaves = record["nodes"], record["leaves"]
+    parents = [node["parent"] for node in nodes]
+    rows = rows_of(parents)
+    ends = [node["end"] for node in nodes]
+    width = max(*ends, 1)
+    figure = Figure(figsize=(13, 1.6 + 0.5 * len(leaves)), layout="constrained")
     axes = figure.add_subplot()
-    for index, step in enumerate(tree.steps[1:], start=1):
-        start, row = ends[step.parent], rows[index]
-        if rows[step.parent] != row:
-            axes.plot([start, start], [rows[step.parent], row], color="#b0b0b0", linewidth=1.2, zorder=1)
-        axes.plot([start, step.end], [row, row], color="#b0b0b0", linewidth=1.2, zorder=1)
-        if decode is not None:
+    for index, node in enumerate(nodes[1:], start=1):
+        start, end, row = ends[node["parent"]], node["end"], rows[index]
+        if rows[node["parent"]] != row:
+            axes.plot([start, start], [rows[node["parent"]], row], color="#b0b0b0", linewidth=1.2, zorder=1)
+        axes.plot([start, end], [row, row], color="#b0b0b0", linewidth=1.2, zorder=1)
+        if with_text:
             # About 150 characters of this size fit across the picture; the gap is for the nodes at both ends.
-            text = _shorten(decode(step.token_ids), int(150 * len(step.token_ids) / width) - 2)
-            axes.text((start + step.end) / 2, row - 0.16, text, fontsize=8, ha="center", va="bottom", **_PLAIN)
+            text = _shorten(node["text"], int(150 * node["tokens"] / width) - 2)
+            axes.text((start + end) / 2, row - 0.16, text, fontsize=8, ha="center", va="bottom", **_PLAIN)
     colour_map = colormaps["RdYlBu"].with_extremes(bad="#c8c8c8")  # grey: no scored leaf under the step
-    nodes = axes.scatter(
-        ends, rows, c=grown.scores.density, cmap=colour_map, vmin=0, vmax=1, plotnonfinite=True, edgecolors="#606060"
+    density = np.array([node.get("density") for node in nodes], dtype=float)
+    points = axes.scatter(
+        ends, rows, c=density, cmap=colour_map, vmin=0, vmax=1, plotnonfinite=True, edgecolors="#606060"
     )
-    nodes.set(sizes=[75], linewidths=0.6, zorder=3)
-    nodes.set_gid("steps")
+    points.set(sizes=[75], linewidths=0.6, zorder=3)
+    points.set_gid("steps")
     axes.scatter([0], [rows[0]], marker="s", s=150, facecolors="none", edgecolors="black", zorder=4)
 
-    for step, rounds in _rounds(tree).items():
+    for step, rounds in _rounds(leaves).items():
         axes.scatter(
             [ends[step]], [rows[step]], s=135, facecolors="none", edgecolors="black", linewidths=1.3, zorder=4
         )
         label = ", ".join(map(str, rounds))
         axes.text(ends[step] + 0.006 * width, rows[step] + 0.17, label, fontsize=8, fontweight="bold", va="top")
 
-    kinds = [leaf_kind(success) for success in tree.success]
+    kinds = [leaf_kind(leaf["success"]) for leaf in leaves]
     for kind, (marker, colour) in LEAF_MARKERS.items():
-        leaves = [leaf for leaf, other in zip(tree.leaves, kinds, strict=True) if other == kind]
-        x = [ends[leaf] + 0.018 * width for leaf in leaves]
-        markers = axes.scatter(x, [rows[leaf] for leaf in leaves], marker=marker, color=colour, s=80, zorder=3)
+        lasts = [leaf["node"] for leaf, other in zip(leaves, kinds, strict=True) if other == kind]
+        x = [ends[last] + 0.018 * width for last in lasts]
+        markers = axes.scatter(x, [rows[last] for last in lasts], marker=marker, color=colour, s=80, zorder=3)
         markers.set_gid(kind)
 
-    axes.set(xlim=(-0.02 * width, 1.04 * width), ylim=(len(tree.leaves) - 0.4, -0.8), yticks=[])
+    axes.set(xlim=(-0.02 * width, 1.04 * width), ylim=(len(leaves) - 0.4, -0.8), yticks=[])
     axes.set_xlabel("tokens of the completion")
-    axes.set_title(_in_font(one_line(title)), loc="left", fontsize=11, **_PLAIN)
+    title = title if title is not None else record["question"]["text"] or "Rollout tree"
+    axes.set_title(_in_font(one_line(title, 150)), loc="left", fontsize=11, **_PLAIN)
     axes.spines[["left", "right", "top"]].set_visible(False)
-    figure.colorbar(nodes, ax=axes, label="reward density p(s)", pad=0.01, aspect=30)
+    figure.colorbar(points, ax=axes, label="reward density p(s)", pad=0.01, aspect=30)
     point = {"linestyle": "none", "markeredgecolor": "black", "markerfacecolor": "none"}
     handles = [Line2D([], [], marker="s", markersize=10, label="question", **point)]
     handles += [Line2D([], [], marker="o", markersize=10, label="branched here, in round 1, 2, ...", **point)]
@@ -138,9 +143,14 @@ def draw_learning_curve(
     return _save(figure, path)
 
 
-def leaf_kind(success: float) -> str:
+def as_record(shown: GrownTree | Record, decode: Callable[[list[int]], str] | None = None) -> Record:
+    """A record as it is, a `GrownTree` as a record."""
+    return shown if isinstance(shown, dict) else record_tree(shown, decode or (lambda ids: ""))
+
+
+def leaf_kind(success: float | None) -> str:
     """`right`, `wrong` or `unscored`: a key of `LEAF_MARKERS`."""
-    if np.isnan(success):
+    if success is None or np.isnan(success):
         return "unscored"
     return "right" if success >= 0.5 else "wrong"
 
@@ -149,14 +159,23 @@ def leaf_kind(success: float) -> str:
 _PLAIN = {"parse_math": False, "usetex": False}
 
 
-def _rows(tree: RolloutTree) -> np.ndarray:
+def children_of(parents: Sequence[int]) -> list[list[int]]:
+    """Children of every step, `(N,)`, in order; the root's parent is -1."""
+    children: list[list[int]] = [[] for _ in parents]
+    for step, parent in enumerate(parents):
+        if parent >= 0:
+            children[parent].append(step)
+    return children
+
+
+def rows_of(parents: Sequence[int]) -> np.ndarray:
     """Row of every step, `(N,)`: a first child stays on its parent's row, later ones go below its whole subtree."""
-    rows = np.zeros(len(tree.steps), dtype=int)
+    rows, children_N = np.zeros(len(parents), dtype=int), children_of(parents)
     used, pending = 0, [(0, 0)]
     while pending:  # no recursion: a completion may have thousands of steps
         step, row = pending.pop()
         rows[step] = row = row if row >= 0 else used
-        children = tree.steps[step].children
+        children = children_N[step]
         if not children:
             used = max(used, row + 1)
         pending += [(child, -1) for child in reversed(children[1:])]
@@ -164,11 +183,12 @@ def _rows(tree: RolloutTree) -> np.ndarray:
     return rows
 
 
-def _rounds(tree: RolloutTree) -> dict[int, list[int]]:
+def _rounds(leaves: Sequence[Record]) -> dict[int, list[int]]:
     """Rounds in which each step was branched, counted from 1."""
     rounds: dict[int, list[int]] = {}
-    for after, current in zip(tree.branch_steps, tree.rounds, strict=True):
-        if current > 0 and current not in rounds.setdefault(after, []):
+    for leaf in leaves:
+        after, current = leaf["branched_after"], leaf["round"]
+        if after is not None and current > 0 and current not in rounds.setdefault(after, []):
             rounds[after].append(current)
     return rounds
 

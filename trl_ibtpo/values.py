@@ -1,0 +1,111 @@
+"""What a step is worth, from what is known of the leaves under it, and what it is compared with.
+
+All functions take one value per leaf, `(L,)`, NaN where it is not known, and return one per step, `(N,)`. A leaf whose
+value is not known is left out of every mean; NaN where nothing is known under a step.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+
+from .tree import RolloutTree
+
+ValueEstimate = Literal["leaf_mean", "backup"]
+
+
+def leaf_mean(tree: RolloutTree, values_L: np.ndarray) -> np.ndarray:
+    """`V(s) = mean over the leaves under s`: a child with many leaves has a large part (IB-TPO, TreeRL, TreePO)."""
+    return tree.leaf_mean(values_L)
+
+
+def backup(tree: RolloutTree, values_L: np.ndarray) -> np.ndarray:
+    """`V(s) = mean over the children c of V(c)`, from the leaves up: each child is one sample (SPO, 2505.23564)."""
+    total, count = np.zeros(len(tree)), np.zeros(len(tree))
+    for leaf, step in enumerate(tree.leaves):
+        if not np.isnan(values_L[leaf]):
+            total[step], count[step] = values_L[leaf], 1
+    parents, total, count = tree.parents().tolist(), total.tolist(), count.tolist()
+    for step in range(len(total) - 1, 0, -1):  # children before parents
+        if count[step]:
+            total[parents[step]] += total[step] / count[step]
+            count[parents[step]] += 1
+    return np.divide(total, count, out=np.full(len(tree), np.nan), where=np.array(count) > 0)
+
+
+VALUES: dict[str, Callable[[RolloutTree, np.ndarray], np.ndarray]] = {"leaf_mean": leaf_mean, "backup": backup}
+
+
+def sibling_baseline(tree: RolloutTree, values_L: np.ndarray, kappa: float) -> np.ndarray:
+    """What each step is compared with: leaves under its parent that are not under itself, and others above.
+
+        b_a(c) = (m mean + kappa b_a'(c)) / (m + kappa)
+
+    `m` and `mean` are of the leaves under the ancestor `a` of `c` that are not under `c`, and `a'` is the next
+    ancestor that has more of them; at the last one, `b` is their mean. The baseline of `c` is `b` at its parent, or at
+    the first ancestor with other leaves than those of `c`. `kappa`, in leaves, says how much the leaves further up
+    count: 0 compares with the nearest siblings alone, infinity with all other leaves of the question.
+
+    No leaf under `c` enters, so what was sampled as `c` has no part in its own baseline. NaN at the question and where
+    there is no other leaf.
+    """
+    known_L = ~np.isnan(values_L)
+    known_N = tree.sum_over_leaves(known_L.astype(float))
+    total_N = tree.sum_over_leaves(np.where(known_L, values_L, 0.0))
+    leaves_N, parents_N = tree.leaf_count(), tree.parents()
+    baseline_N = np.full(len(tree), np.nan)
+    for step in range(1, len(tree)):
+        parent = parents_N[step]
+        if leaves_N[step] == leaves_N[parent] and parent > 0:  # the same leaves
+            baseline_N[step] = baseline_N[parent]
+            continue
+        others, baseline = -1.0, np.nan
+        for ancestor in [0, *tree.path(parent)]:  # fewer leaves each time; once for each set of leaves
+            if known_N[ancestor] - known_N[step] in (others, 0):
+                continue
+            others = known_N[ancestor] - known_N[step]
+            mean = (total_N[ancestor] - total_N[step]) / others
+            share = 1.0 if np.isnan(baseline) else others / (others + kappa)
+            baseline = mean if share == 1 else share * mean + (1 - share) * baseline
+        baseline_N[step] = baseline
+    return baseline_N
+
+
+class Choice(Protocol):
+    """What one round of branching chose, and from what (`growth.Choice`)."""
+
+    round: int
+    steps: list[int]
+    candidates: list[int]
+    priorities: list[float]
+
+
+def selection_bias(
+    tree: RolloutTree, values_L: np.ndarray, kind: ValueEstimate, choices: Sequence[Choice]
+) -> np.ndarray:
+    """How much better steps look because they were chosen, `(N,)`; 0 at steps that were not (SIPO, arXiv 2609.34805).
+
+    A step that is chosen for its score is chosen for the luck of the leaves that it had, and its next leaves have no
+    part in that. In the round that chose `s` among candidates with scores `P` and values `V`, of the leaves known by
+    then,
+
+        expected luck = Cov(P, V) / Var(P) * (P(s) - mean P)
+
+    is taken off the leaves that were there, so off `V(s)` in proportion to their part in it. `P` is what the strategy
+    ranked steps by; of many candidates, the best that `growth.Choice` keeps.
+    """
+    rounds_L, bias_N = np.array(tree.rounds), np.zeros(len(tree))
+    for choice in choices:
+        older_L = rounds_L < choice.round
+        scores = np.array(choice.priorities, dtype=float)
+        values = VALUES[kind](tree, np.where(older_L, values_L, np.nan))[choice.candidates]
+        known = np.isfinite(scores) & ~np.isnan(values)
+        if known.sum() < 2 or np.ptp(scores[known]) == 0:
+            continue
+        centred = scores - scores[known].mean()
+        slope = np.mean(centred[known] * values[known]) / np.mean(centred[known] ** 2)
+        part_N = VALUES[kind](tree, np.where(np.isnan(values_L), np.nan, older_L))
+        for step in set(choice.steps):
+            luck = slope * centred[choice.candidates.index(step)]
+            bias_N[step] += 0.0 if np.isnan(luck) else luck * np.nan_to_num(part_N[step])
+    return bias_N
