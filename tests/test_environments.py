@@ -26,6 +26,12 @@ def path(tmp_path_factory) -> str:
     return tiny.save_tiny(tmp_path_factory.mktemp("agent"), agents.tokenizer())
 
 
+@pytest.fixture(autouse=True)
+def none_alive():
+    """TRL's own trainer closes none of its environments."""
+    agents.Counter.alive.clear()
+
+
 class Trainer(agents.ScriptedIBTPOTrainer):
     """Scripted in a way that a number decides."""
 

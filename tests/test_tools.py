@@ -177,7 +177,7 @@ def test_a_tool_that_hangs_has_failed(path, config):
         called = agents.call(rng.choice(["hang", "hang_async"]), a=rng.randint(0, 9))
         return f"{rng.random()}" + (called if turns == 0 else "")
 
-    trainer = build_tree(path, config, [hang, hang_async], script, {"tool_timeout": 0.1})
+    trainer = build_tree(path, config, [hang, hang_async], script, {"tool_timeout": 0.1, "tree_initial_rollouts": 6})
     trainer.train()
     entry = trainer.state.log_history[0]
     assert entry["tools/failure_frequency"] == 1 and entry["tools/timeouts"] >= 3
