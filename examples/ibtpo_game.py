@@ -9,8 +9,9 @@ Several GPUs, each with its own vLLM engine:
     accelerate launch --config_file examples/accelerate_configs/multi_gpu.yaml examples/ibtpo_game.py \
         --config examples/recipes/agent_qwen3_0.6b.yaml --max_tool_calling_iterations 12
 
-The environment has snapshots, so a branch goes on from the board that its prefix had reached. Every field of IBTPOConfig
-and ModelConfig is a flag. The model's chat template must render tools, as that of Qwen3 does; see docs/agents.md.
+The environment has snapshots, so a branch goes on from the board that its prefix had reached. Every field of
+IBTPOConfig and ModelConfig is a flag. The model's chat template must render tools, as that of Qwen3 does; see
+docs/agents.md.
 """
 
 import copy

@@ -51,7 +51,7 @@ def arguments(output_dir: str, **overrides) -> dict:
 class RecordingTrainer(IBTPOTrainer):
     """Keeps what each tree of this process was."""
 
-    def _step_advantages(self, advantages, completion_ids):
+    def _set_step_advantages(self, output):
         self.seen.append(
             [
                 {
@@ -62,7 +62,7 @@ class RecordingTrainer(IBTPOTrainer):
                 for grower in self._grown
             ]
         )
-        return super()._step_advantages(advantages, completion_ids)
+        super()._set_step_advantages(output)
 
 
 class KilledTrainer(RecordingTrainer):

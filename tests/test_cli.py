@@ -3,6 +3,7 @@
 import configparser
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 import tiny
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_ibtpo import IBTPOTrainer
 from trl_ibtpo.cli.main import main
@@ -50,6 +53,12 @@ def test_help(command, words):
     assert result.stdout.startswith(f"usage: {' '.join(['trl-ibtpo', *command])} ")
     for word in words:
         assert word in result.stdout
+    if command == ["train"]:
+        fields = ["--dataset_name", "--tree_levels", "--success_reward", "--learning_rate", "--lora_r"]
+        places = [re.search(rf"^  {field} ", result.stdout, re.MULTILINE).start() for field in fields]
+        assert places == sorted(places), "what this package adds comes first"
+        assert '(default: "\\n\\n")' in " ".join(result.stdout.split())
+        assert "Triton" not in result.stderr and "bitsandbytes" not in result.stderr
 
 
 @pytest.mark.parametrize("command", [[], ["evaluate"], ["doctor"]], ids=str)
@@ -93,6 +102,7 @@ def test_doctor_says_what_is_here(tmp_path):
 
     result = run("doctor", "--json", str(tmp_path / "doctor.json"))
     assert result.returncode == 0, result.stderr
+    assert "Triton" not in result.stderr and "bitsandbytes" not in result.stderr
     report = json.loads((tmp_path / "doctor.json").read_text())
     packages = {row["package"]: row for row in report["packages"]}
     assert packages["torch"]["found"] == torch.__version__
@@ -156,7 +166,22 @@ def test_train_leaves_the_working_directory_importable(training, tmp_path, monke
         "    from beside_rewards import even_length\n"
         "    return even_length(completions)\n"
     )
+    Dataset.from_parquet(str(tmp_path / "data" / "train.parquet")).to_json(tmp_path / "rows.jsonl")
+    training[-1] = "rows.jsonl"  # a file will do as well
     assert main([*training, "--max_steps", "1", "--reward_funcs", "lazy_rewards.lazy"]) == 0
+
+
+def test_the_traceback_of_a_reward_function_keeps_its_lines(training, tmp_path, capsys):
+    (tmp_path / "bad_rewards.py").write_text(
+        'def bad(completions, **kwargs):\n    for completion in completions:\n        raise KeyError("solution")\n'
+    )
+    capsys.readouterr()
+    assert main([*training, "--max_steps", "1", "--reward_funcs", "bad_rewards.bad"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("trl-ibtpo train: error: "))
+    assert "The reward function 'bad' raised KeyError: 'solution' while scoring 4 completions" in lines[start]
+    assert "Traceback" not in lines[start] and lines[start + 1] == "Original traceback:"
+    assert '    raise KeyError("solution")' in lines[start:] and lines[-1] == "KeyError: 'solution'"
 
 
 @pytest.mark.parametrize(("version", "ends"), [("5.17.0", 0), ("5.18.0", 1)])
@@ -183,21 +208,22 @@ def test_tree_is_printed_drawn_and_written(growing, tmp_path, capsys):
     (tmp_path / "question.txt").write_text(question)
     arguments = [*growing, "--question_file", str(tmp_path / "question.txt"), "--answer", "7", "--tree_levels", "5"]
     assert main([*arguments, "--out", str(tmp_path / "tree.png"), "--json", str(tmp_path / "tree.json")]) == 0
-    printed = capsys.readouterr().out
-    assert "[bold]What[/bold] is" in printed  # no markup
-    assert "\x1b" not in printed
+    printed = capsys.readouterr()
+    assert "[bold]What[/bold] is" in printed.out  # no markup
+    assert "\x1b" not in printed.out
     written = json.loads((tmp_path / "tree.json").read_text())
     assert (written["question"]["text"], written["answer"]) == (question, "7")
     assert len(written["leaves"]) == 8
     success = [leaf["success"] for leaf in written["leaves"]]
     assert set(success) <= {0.0, 1.0}
-    assert f"8 trajectories: {success.count(1.0)} right, {success.count(0.0)} wrong, 0 unscored" in printed
+    assert f"8 trajectories: {success.count(1.0)} right, {success.count(0.0)} wrong, 0 unscored" in printed.out
     nodes = written["nodes"]
     assert nodes[0]["density"] == pytest.approx(sum(success) / 8)
     assert nodes[0]["parent"] == -1 and all(node["parent"] < index for index, node in enumerate(nodes))
     assert written["generated_tokens"] == sum(node["tokens"] for node in nodes)
     assert parse_record((tmp_path / "tree.json").read_text())["missing"] == []
     assert Image.open(tmp_path / "tree.png").size[0] > 500
+    assert f"Written: {tmp_path / 'tree.png'}\nWritten: {tmp_path / 'tree.json'}" in printed.err
     # The same seed grows the same tree.
     assert main([*arguments, "--json", str(tmp_path / "again.json")]) == 0
     assert json.loads((tmp_path / "again.json").read_text())["nodes"] == nodes
@@ -207,6 +233,28 @@ def test_tree_without_an_answer(growing, tmp_path, capsys):
     assert main([*growing, "--question", "Why?", "--out", str(tmp_path / "new" / "tree.svg")]) == 0
     assert "12 trajectories: 0 right, 0 wrong, 12 unscored" in capsys.readouterr().out
     assert "<svg" in (tmp_path / "new" / "tree.svg").read_text()
+
+
+def test_tree_of_an_adapter_is_that_of_the_merged_model(growing, model_path, tmp_path, caplog):
+    """The adapter's folder has no tokenizer; its base has one. No step ends, which is said here too."""
+    adapter = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model_path),
+        LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"),
+    )
+    adapter.save_pretrained(tmp_path / "adapter")
+    merged = adapter.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(model_path).save_pretrained(tmp_path / "merged")
+    growing += ["--question", "Why?", "--tree_levels", "2", "--step_delimiter", "####", "--json"]
+    trees = []
+    for name in (tmp_path / "adapter", tmp_path / "merged", model_path):
+        growing[growing.index("--model") + 1] = str(name)
+        assert main([*growing, str(tmp_path / "tree.json")]) == 0
+        trees.append(json.loads((tmp_path / "tree.json").read_text())["nodes"])
+    texts = [[step["text"] for step in tree] for tree in trees]
+    assert texts[0] == texts[1] != texts[2]
+    warnings = [record.getMessage() for record in caplog.records if "no completion has steps" in record.getMessage()]
+    assert len(warnings) == 3 and "`step_delimiter` ('####') stands between two steps in 0 of 5" in warnings[0]
 
 
 # ----- wrong inputs --------------------------------------------------------------------------------------------------
@@ -257,12 +305,35 @@ REWARD = ["--reward_funcs", "accuracy_reward"]
         ([*TRAIN[:-2], *REWARD], 2, "--model_name_or_path is missing"),
         ([*TRAIN[:-4], *TRAIN[-2:], *REWARD], 2, "--dataset_name is missing"),
         ([*TRAIN, *REWARD, "--dataset_train_split", "all"], 1, "The dataset has no split 'all'; it has: train"),
+        (
+            [*TRAIN, *REWARD, "--dataset_name", "rows.jsonl"],
+            1,
+            "--dataset_name is 'rows.jsonl', which is no file here",
+        ),
+        (
+            [*TRAIN, *REWARD, "--success_reward", "accuracy_reward >> 1"],
+            1,
+            "`success_reward` is 'accuracy_reward >> 1', which is not a reward function. Available: accuracy_reward",
+        ),
+        (
+            [*TRAIN, *REWARD],
+            1,
+            "The reward function 'accuracy_reward' needs `solution`, but `train_dataset` has no such",
+        ),
+        (
+            [*EVALUATE[:-1], "words.jsonl"],
+            1,
+            "words.jsonl, question 2: math-verify cannot read the answer 'Tuesday' other",
+        ),
     ],
 )
 def test_wrong_input_is_one_line(arguments, code, message, model_path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny.questions(4).to_parquet(tmp_path / "data" / "train.parquet")
     (tmp_path / "data.jsonl").write_text('{"question": "What is 3 + 4?", "answer": "7"}\n')
+    (tmp_path / "words.jsonl").write_text(
+        '{"question": "a", "answer": "7"}\n{"question": "Which day?", "answer": "Tuesday"}\n'
+    )
     (tmp_path / "bad.jsonl").write_text('{"question": "a", "answer": 1}\n{"question": "a"}\n')
     arguments = [model_path if argument == "MODEL" else argument for argument in arguments]
     capsys.readouterr()

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from trl import GRPOTrainer
 
 from trl_ibtpo import IBTPOTrainer
 from trl_ibtpo.advantages import GradedTree, sibling
+from trl_ibtpo.prefix_sharing.attention import prepare_model
+from trl_ibtpo.training.regularization import weighted_entropy
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 
@@ -54,6 +57,13 @@ def batch(trainer):
     }
 
 
+def recorded(trainer) -> list[dict]:
+    """Fills with what each generation batch holds."""
+    compute, outputs = trainer._generate_and_score_completions, []
+    trainer._generate_and_score_completions = lambda inputs: outputs.append(compute(inputs)) or outputs[-1]
+    return outputs
+
+
 def loss_of(trainer, batch, advantages) -> float:
     return trainer._compute_loss(trainer.model, {**batch, "advantages": advantages}).item()
 
@@ -78,6 +88,118 @@ def test_a_weight_multiplies_the_clipped_loss_of_its_token(
     assert abs(expected - loss_of(trainer, batch, advantages)) > 1e-2
 
 
+# ----- IBRO ----------------------------------------------------------------------------------------------------------
+
+
+def test_gradient_of_the_weighted_entropy():
+    """With respect to logit k of a token: `A p_k (log p_k + H)`, over the number of tokens."""
+    logits = torch.randn(2, 3, 5, dtype=torch.double, requires_grad=True)
+    advantages, mask = torch.tensor([[0.5, -1.0, 2.0], [3.0, -2.0, 9.0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    logps = logits.log_softmax(-1)
+    entropies = -(logps.exp() * logps).sum(-1)
+    (-weighted_entropy(entropies, advantages, mask, shift=0.25)).backward()
+    expected = ((advantages + 0.25) * mask)[..., None] * logps.exp() * (logps + entropies[..., None]) / 5
+    torch.testing.assert_close(logits.grad, expected.detach())
+    assert not logits.grad[1, 2].any()  # a masked token
+    by_row = weighted_entropy(entropies, torch.tensor([0.5, -1.0]), mask, 0.0)
+    spread = weighted_entropy(entropies, torch.tensor([[0.5] * 3, [-1.0] * 3]), mask, 0.0)
+    assert by_row == spread
+
+
+def gradients(trainer, batch, monkeypatch, **settings) -> tuple[float, torch.Tensor]:
+    """Loss and gradient with these settings; those of the trainer or of its arguments."""
+    with monkeypatch.context() as patch:
+        for name, value in settings.items():
+            patch.setattr(trainer if hasattr(trainer, name) else trainer.args, name, value)
+        trainer.model.zero_grad()
+        loss = trainer._compute_loss(trainer.model, batch)
+        loss.backward()
+        gradient = torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()])
+        trainer.model.zero_grad()
+    return loss.item(), gradient
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_advantages_of_one_are_trls_entropy_bonus(trainer, batch, monkeypatch, loss_type, packed):
+    """Of the same coefficient, with the same mask, for every loss type and both forwards; the accumulation is 2."""
+    if packed:
+        prepare_model(trainer._base_model(trainer.model))
+    batch = {**batch, "unweighted_advantages": torch.ones_like(batch["advantages"])}
+    common = {"loss_type": loss_type, "_packed_forward": packed, "top_entropy_quantile": 0.5}
+    off = {"entropy_coef": 0.0, "_entropy_bonus_enabled": False}
+    theirs = gradients(trainer, batch, monkeypatch, **common, entropy_coef=30.0)
+    ours = gradients(trainer, batch, monkeypatch, **common, **off, ib_regularization_coef=30.0)
+    shifted = {**batch, "unweighted_advantages": torch.zeros_like(batch["advantages"])}
+    by_shift = gradients(
+        trainer, shifted, monkeypatch, **common, **off, ib_regularization_coef=15.0, ib_regularization_shift=2.0
+    )
+    without = gradients(trainer, batch, monkeypatch, **common, **off)
+    for found in (ours, by_shift):
+        assert found[0] == pytest.approx(theirs[0], abs=1e-5)
+        torch.testing.assert_close(found[1], theirs[1], atol=1e-5, rtol=1e-4)
+    assert (ours[1] - without[1]).norm() > 0.1 * ours[1].norm()
+    assert trainer._entropies is None  # nothing holds the graph
+
+
+def test_coefficient_zero_is_the_same_loss_to_the_last_bit(trainer, batch, monkeypatch):
+    theirs = GRPOTrainer._compute_loss(trainer, trainer.model, batch)
+    assert torch.equal(trainer._compute_loss(trainer.model, batch), theirs)
+
+
+def test_one_step_moves_entropy_to_where_the_advantage_is(trainer, batch, monkeypatch):
+    """A small step along the term alone: entropy rises in the rows of positive advantage and falls in the others."""
+    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0])[:, None].repeat(1, 7)
+    batch = {**batch, "unweighted_advantages": advantages}
+    parameters = list(trainer.model.parameters())
+    start = torch.cat([parameter.detach().flatten() for parameter in parameters])
+    without = gradients(trainer, batch, monkeypatch)[1]
+    step = gradients(trainer, batch, monkeypatch, ib_regularization_coef=1.0)[1] - without
+
+    def entropies() -> torch.Tensor:
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        with torch.no_grad():
+            found = trainer._get_per_token_logps_and_entropies(trainer.model, ids, attention, 7, compute_entropy=True)
+        return (found[1] * batch["completion_mask"]).sum(1)
+
+    before = entropies()
+    torch.nn.utils.vector_to_parameters(start - 1e-2 * step / step.norm(), parameters)
+    change = entropies() - before
+    torch.nn.utils.vector_to_parameters(start, parameters)
+    assert (change[:2].sum() > 0) and (change[2:].sum() < 0), change
+
+
+def test_regularization_in_training(config, model_path):
+    """It is what the unweighted advantages make of it, in every micro-batch; weights of shared tokens do not count."""
+    seen = []
+
+    def spy(entropies, advantages, mask, shift):
+        seen.append((advantages, mask))
+        return weighted_entropy(entropies, advantages, mask, shift)
+
+    args = config(
+        max_steps=1,
+        ib_coef=0.0,
+        ib_regularization_coef=0.005,
+        shared_token_weight="once",
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=6,
+    )
+    trainer = IBTPOTrainer(model_path, tiny.even_length, args, tiny.questions())
+    outputs = recorded(trainer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trl_ibtpo.training.regularization.weighted_entropy", spy)
+        trainer.train()
+    used = torch.cat([advantages for advantages, _ in seen])
+    plain, weighted = outputs[0]["unweighted_advantages"], outputs[0]["advantages"]
+    assert len(seen) == 2 and torch.equal(used.flatten().sort()[0], plain.flatten().sort()[0])
+    shares = (plain / weighted)[weighted != 0]  # the number of trajectories that share a token
+    torch.testing.assert_close(shares, shares.round())
+    assert shares.max() > 1
+    assert "ib/regularization" in trainer.state.log_history[0]
+
+
 # ----- an advantage function of one's own ----------------------------------------------------------------------------
 
 
@@ -90,8 +212,7 @@ def test_a_function_given_to_the_trainer_makes_the_advantages(config, model_path
 
     args = config(max_steps=1, ib_coef=0.0)
     trainer = IBTPOTrainer(model_path, tiny.even_length, args, tiny.questions(), advantage=depth)
-    compute, outputs = trainer._generate_and_score_completions, []
-    trainer._generate_and_score_completions = lambda inputs: outputs.append(compute(inputs)) or outputs[-1]
+    outputs = recorded(trainer)
     trainer.train()
     (graded,) = seen
     assert graded.choices and graded.settings == args.credit_settings
@@ -126,8 +247,7 @@ def test_whitening_is_over_the_trained_tokens_of_the_batch(config, model_path):
     """Four trees in a generation batch: mean 0 and deviation 1 over their tokens, whatever their lengths."""
     args = config(max_steps=1, advantage="treepo", per_device_train_batch_size=48, mask_truncated_completions=True)
     trainer = IBTPOTrainer(model_path, tiny.even_length, args, tiny.questions())
-    compute, outputs = trainer._generate_and_score_completions, []
-    trainer._generate_and_score_completions = lambda inputs: outputs.append(compute(inputs)) or outputs[-1]
+    outputs = recorded(trainer)
     trainer.train()
     mask = outputs[0]["completion_mask"] > 0
     trained = outputs[0]["advantages"][mask]
@@ -135,3 +255,14 @@ def test_whitening_is_over_the_trained_tokens_of_the_batch(config, model_path):
     assert trained.mean().item() == pytest.approx(0, abs=1e-5)
     assert trained.std(correction=0).item() == pytest.approx(1, abs=1e-3)
     assert not outputs[0]["advantages"][~mask].any()
+
+
+def test_plain_grpo_has_the_diagnostics_of_trees(config, model_path):
+    """So that what happens to covariance and effective rate under GRPO can be watched."""
+    args = config(max_steps=2, branching="independent", advantage="grpo", num_generations=12)
+    trainer = IBTPOTrainer(model_path, tiny.even_length, args, tiny.questions())
+    trainer.train()
+    for entry in trainer.state.log_history[:2]:
+        assert entry["ib/score"] < 0 and np.isfinite(entry["ib/covariance"]) and 0 < entry["ib/confidence"] < 1
+        assert entry["tree/effective_rate"] == 1 and entry["tree/generated_tokens"] == entry["tree/trajectory_tokens"]
+        assert entry["tree/selected_minus_fresh"] is None  # nothing is chosen

@@ -204,7 +204,7 @@ def warned_by(node: ast.AST) -> list[ast.AST]:
     """Texts that a statement warns of; of one put together with `+`, its beginning."""
     call = node.value if isinstance(node, ast.Expr) else None
     name = call.func.attr if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) else None
-    if name not in ("warning", "warning_once", "warn"):
+    if name not in ("warning", "_warn_once"):
         return []
     return [text for text in map(beginning, call.args) if is_text(text)]
 

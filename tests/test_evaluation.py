@@ -4,7 +4,9 @@ import itertools
 import json
 import os
 import random
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["VLLM_CPU_CI_ENV"] = "1"  # a quick start rather than fast steps
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
@@ -13,14 +15,17 @@ import digits
 import numpy as np
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
+from trl.rewards import accuracy_reward
 
 from trl_ibtpo.cli.main import main
 from trl_ibtpo.engines.base import Rollout
 from trl_ibtpo.evaluation import harness
+from trl_ibtpo.evaluation.adapters import load_tokenizer
 from trl_ibtpo.evaluation.estimates import estimate, pass_at_k, summarise
 from trl_ibtpo.evaluation.questions import Grader, read_questions
-from trl_ibtpo.evaluation.samples import SamplesFile, SamplingSettings, load_tokenizer, sample
+from trl_ibtpo.evaluation.samples import SamplesFile, SamplingSettings, free_share, sample
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +65,6 @@ def count_by_hand(path: Path) -> np.ndarray:
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
 def test_figures_equal_a_hand_count(command, engine, tmp_path, capsys):
     arguments = command("--k", "1", "2", "4", engine=engine)
-    if engine == "vllm":
-        arguments += ["--gpu_memory_utilization", "0.1"]
     assert main(arguments) == 0
     right = count_by_hand(tmp_path / "samples.jsonl")
     assert right.shape == (50, 4)
@@ -75,9 +78,16 @@ def test_figures_equal_a_hand_count(command, engine, tmp_path, capsys):
     }
     found = figures(tmp_path / "samples.json")
     assert found == pytest.approx(expected, abs=1e-12)
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
     assert "50 questions" in printed
     assert f"{expected['avg@4']:.2%}" in printed and f"{expected['pass@4']:.2%}" in printed
+    assert f"with {engine}" in said and said.index("Loading ") < said.index("Evaluating")
+    assert f"Written: {tmp_path / 'samples.jsonl'}\nWritten: {tmp_path / 'samples.json'}\n" in said
+    settings, first = map(json.loads, (tmp_path / "samples.jsonl").read_text().splitlines()[:2])
+    assert first["question"] == digits.rows()[first["index"]]["question"] and first["parsed"] == first["completions"]
+    # One was asked for, and the tokenizer has none.
+    assert settings["settings"]["chat_template"] is False
+    assert json.loads((tmp_path / "samples.json").read_text())["settings"]["chat_template"] is False
 
 
 def test_a_run_goes_on_where_it_was_stopped(command, tmp_path, capsys):
@@ -129,20 +139,54 @@ def test_completions_depend_on_the_settings_and_the_number_of_the_question(clock
     assert len(set(seeds)) == 24
 
 
+@pytest.fixture(scope="module")
+def adapter(guesser, tmp_path_factory) -> str:
+    """On top of the guesser, with other favourites."""
+    torch.manual_seed(0)
+    settings = LoraConfig(r=4, target_modules=["q_proj", "o_proj", "down_proj"], init_lora_weights=False)
+    folder = tmp_path_factory.mktemp("adapter")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(guesser), settings).save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
-def test_temperature_0_is_the_likeliest_continuation(command, engine, guesser, tmp_path):
-    arguments = ["--temperature", "0", "--k", "1", "--num_samples", "1"]
-    arguments += ["--gpu_memory_utilization", "0.1"] if engine == "vllm" else []
+def test_temperature_0_is_the_likeliest_continuation(command, engine, adapter, guesser, tmp_path):
+    """Of an adapter, whose folder has no tokenizer."""
+    arguments = ["--temperature", "0", "--k", "1", "--num_samples", "1", "--model", adapter]
     assert main(command(*arguments, engine=engine)) == 0
-    model = AutoModelForCausalLM.from_pretrained(guesser)
+    model = AutoPeftModelForCausalLM.from_pretrained(adapter)
+    base = AutoModelForCausalLM.from_pretrained(guesser)
     tokenizer = load_tokenizer(guesser)
-    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()[1:]]
+    lines, others = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()[1:]], 0
     for line in lines:
         ids = tokenizer(digits.rows()[line["index"]]["question"], return_tensors="pt")["input_ids"]
         with torch.no_grad():
             logits = model(ids).logits[0, -1]
+            plain = base(ids).logits[0, -1]
         chosen = tokenizer(line["completions"][0])["input_ids"][0]
         assert logits[chosen] > logits.max() - 0.02  # vLLM computes in another order
+        others += plain.argmax().item() != chosen
+    assert others > 10, "without the adapter other answers would be given"
+
+
+def test_a_failure_of_vllm_is_its_cause_in_one_line(command, monkeypatch, capfd):
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    capfd.readouterr()
+    assert main(command("--gpu_memory_utilization", "0.0001", engine="vllm")) == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+    assert lines[-1].startswith("trl-ibtpo evaluate: error: vLLM does not start with ")
+    assert "memory" in lines[-1] and "See root cause above" not in lines[-1]
+    assert "It was given 0.00 of the memory: --gpu_memory_utilization sets another share" in lines[-1]
+    assert len(lines) < 10 and "Traceback" not in "".join(lines)
+
+
+def test_memory_beside_other_things(monkeypatch):
+    memory = SimpleNamespace(total=100, available=60)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: [(80, 100), (40, 80)][device])
+    assert free_share(on_cpu=True) == pytest.approx(0.3)
+    assert free_share(on_cpu=False) == pytest.approx(0.72)
+    assert free_share(on_cpu=False, gpus=2) == pytest.approx(0.45)  # all take the same share
 
 
 def test_tasks_of_the_harness(guesser, tmp_path, capsys):
@@ -169,6 +213,8 @@ def test_tasks_of_the_harness(guesser, tmp_path, capsys):
     right = np.array(
         [[text == answer for text, answer in zip(line["completions"], answers, strict=True)] for line in lines]
     )
+    assert lines[0]["questions"] == [row["question"] for row in digits.rows()]
+    assert lines[0]["parsed"] == lines[0]["completions"]
     assert right.shape == (4, 50)
     assert right.mean() + 0.2 < right.any(axis=0).mean() < 0.9
     expected = {"exact_match avg@4": right.mean(), "exact_match pass@4": right.any(axis=0).mean()}
@@ -235,6 +281,43 @@ def test_values_between_0_and_1_have_no_pass_at_k():
 )
 def test_grading(answer, completion, right):
     assert Grader(answer)(completion) == right
+
+
+@pytest.mark.parametrize("answer", ["Answer: -12", "Tuesday", "yes", "sin x", "???", "x^", ""])
+def test_answers_that_cannot_be_read_are_refused(answer):
+    with pytest.raises(ValueError, match=f"math-verify cannot read the answer {re.escape(repr(answer))}"):
+        Grader(answer)
+
+
+def test_what_was_read():
+    assert Grader("7").grade("so it is 7") == (1, "7")
+    assert Grader("7").grade("no idea") == (0, None)
+    assert Grader(r"Words before \boxed{x + y}").grade(r"\boxed{y+x}")[0] == 1
+    assert Grader(r"\text{Tuesday}").grade(r"\boxed{Tuesday}")[0] == Grader("2xy").grade("$2yx$")[0] == 1
+
+
+def test_training_grades_as_the_docs_say():
+    """Both tables of docs/evaluation.md, cell by cell."""
+    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
+    completions, answers = re.findall(r"^\|---\|---\|---\|\n((?:\|.*\n)+)", page.split("### How training")[1], re.M)[
+        :2
+    ]
+    rows = [[cell.strip() for cell in row.strip("|\n").split("|")] for row in completions.splitlines()]
+    assert len(rows) == 4
+    for cell, here, in_training in rows:
+        text = cell.strip("`")
+        assert ["wrong", "right"][Grader("-12")(text)] == here
+        assert {1.0: "right", 0.0: "wrong"}[accuracy_reward([[{"content": text}]], ["-12"])[0]] == in_training
+    for cell, here, in_training in ([c.strip() for c in row.strip("|\n").split("|")] for row in answers.splitlines()):
+        for answer in re.findall("`([^`]+)`", cell):
+            if here.startswith("an error"):
+                with pytest.raises(ValueError, match="cannot read"):
+                    Grader(answer)
+            else:
+                Grader(answer)
+            found = accuracy_reward([[{"content": r"\boxed{3}"}]], [answer])[0]
+            assert (found is None) == in_training.startswith("not read")
+    Grader(r"\text{yes}")
 
 
 @pytest.mark.parametrize(

@@ -663,6 +663,14 @@ def test_no_trees_need_no_engine():
 
 @settings(max_examples=60, **ANY)
 @given(SETTINGS, st.integers(0, 1000))
+def test_the_success_of_a_leaf_counts_at_all_its_steps(growth, seed):
+    """Also where no tree waits for rewards, whichever comes last: a rollout or a reward."""
+    for grower in grow(growth, prompts=PROMPTS[:1], seed=seed)[0]:
+        np.testing.assert_allclose(grower.tree.density(), grower.tree.leaf_mean(grower.tree.success))
+
+
+@settings(max_examples=60, **ANY)
+@given(SETTINGS, st.integers(0, 1000))
 def test_shared_tokens_have_one_advantage(growth, seed):
     """Inside a step the advantage is constant, and every trajectory through a step gives it the same."""
     for grower in grow(growth, prompts=PROMPTS[:1], seed=seed)[0]:

@@ -15,7 +15,7 @@ from test_advantages import by_step, graded
 from test_scores import NAN, build, trees
 
 from trl_ibtpo.advantages import ADVANTAGES, GradedTree, StepAdvantages, token_advantages, whiten
-from trl_ibtpo.values import backup, leaf_mean, selection_bias, sibling_baseline
+from trl_ibtpo.values import backup, leaf_mean, selection_bias, selection_differences, sibling_baseline
 
 INF = math.inf
 
@@ -232,6 +232,23 @@ def test_selection_correction_by_hand():
     # Nothing is learned from one candidate, from equal scores, or from a score that says nothing.
     for candidates, priorities in (([1], [4.0]), ([1, 3, 5], [1.0, 1.0, 1.0]), ([1, 3, 5], [NAN, 1.0, 1.0])):
         assert not selection_bias(tree, values, "leaf_mean", [choice(1, [1], candidates, priorities)]).any()
+
+
+def test_selection_differences_by_hand():
+    # 0 +- 1 +- 2          leaf 0: 1
+    #   |    +- 5          leaf 2: 0, round 1
+    #   |    +- 6 +- 7     leaf 3: 1, round 1
+    #   |         +- 8     leaf 4: unknown, round 2
+    #   |         +- 9     leaf 5: 0, round 2
+    #   +- 3 -- 4          leaf 1: 0
+    #   +- 10              leaf 6: 1, round 3, at the question
+    rollouts = [(0, [0.5, 0.5]), (0, [0.5, 0.5]), (1, [0.5]), (1, [0.5, 0.5]), (6, [0.5]), (6, [0.5]), (0, [0.5])]
+    tree = build(rollouts, [1, 0, 0, 1, NAN, 0, 1])
+    tree.rounds[:] = [0, 0, 1, 1, 2, 2, 3]
+    # Round 1 chose step 1 with leaf 0: 1 - mean(0, 1), and 0 - 1 between the two.
+    # Round 2 chose step 6 with leaf 3: 1 - 0.
+    assert selection_differences(tree) == ([0.5, 1.0], [-1.0])
+    assert selection_differences(build([(0, [0.5]), (0, [0.5])], [1, 0])) == ([], [])
 
 
 # ----- a function of one's own -------------------------------------------------------------------------------------

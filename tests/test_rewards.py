@@ -11,7 +11,8 @@ import pytest
 import tiny
 import torch
 
-from trl_ibtpo.training.rewards import RewardFunctionError, RewardScorer, describe_scaling
+from trl_ibtpo.training.rewards import RewardFunctionError, RewardScorer
+from trl_ibtpo.training.success import Success, describe_scaling
 from trl_ibtpo.tree import RolloutTree
 
 GROUP = 3
@@ -26,14 +27,15 @@ def decode(completion_ids: list[list[int]], rows: list[int]) -> list[str]:
     return ["".join(chr(96 + token_id) for token_id in ids) for ids in completion_ids]
 
 
-def make_scorer(*reward_funcs, **changes) -> RewardScorer:
+def make_scorer(*reward_funcs, success_reward=None, success_range=None, success_func=None, **changes) -> RewardScorer:
+    names = changes.get("reward_names", [getattr(func, "__name__", "reward_model") for func in reward_funcs])
     arguments = {
         "inputs": INPUTS,
         "leaves_per_tree": GROUP,
         "reward_funcs": reward_funcs,
-        "reward_names": [getattr(func, "__name__", "reward_model") for func in reward_funcs],
+        "reward_names": names,
         "reward_processing_classes": [None] * len(reward_funcs),
-        "success_index": 0,
+        "success": Success(names, success_reward, success_range, success_func),
         "decode": decode,
         "shared_arguments": {"trainer_state": "the state"},
         "event_loop": None,
@@ -165,7 +167,7 @@ def test_rounding_beyond_the_unit_interval_is_none():
     def nearly(completions, **kwargs):
         return [1 + 5e-7 if completion.startswith("a") else -5e-7 for completion in completions]
 
-    scorer = make_scorer(length, nearly, success_index=1)
+    scorer = make_scorer(length, nearly, success_reward="nearly")
     trees = grafted(score_all(scorer), None)
     assert {success for tree in trees for success in tree.success} == {0.0, 1.0}
     assert scorer.rewards[:, 0].tolist() == [-7.0] * 6  # only success is clipped
@@ -237,7 +239,7 @@ def test_an_unknown_reward_stays_unknown_in_a_range():
     ],
 )
 def test_what_is_said_of_other_ranges(values, words):
-    message = describe_scaling("shaped", np.float32(values).astype(float))
+    message = describe_scaling("the reward function 'shaped'", np.float32(values).astype(float))
     assert all(word in message for word in words), message
 
 
@@ -332,7 +334,7 @@ def test_a_leaf_is_known_when_all_its_functions_have_answered(event_loop):
     def sync(completions, **kwargs):
         return [0.5] * len(completions)
 
-    scorer = make_scorer(sync, slow, fast, success_index=0, event_loop=event_loop)
+    scorer = make_scorer(sync, slow, fast, event_loop=event_loop)
     scorer.submit([leaf(0, 0)])
     assert scorer.rewards[0, 0] == 0.5  # the synchronous one ran at once
     wait_for_calls(slow, 1)

@@ -30,8 +30,19 @@ def test_pure_floors_load_neither_torch_nor_trl(module):
 
 # From the bottom up: a file imports from floors below its own, and no two files import each other.
 FLOORS = [
-    ["steps", "tree", "engines/base", "training/time_limit", "training/environments", "training/hooks"],
-    ["prefix_sharing/trie", "viewing/lines"],
+    [
+        "steps",
+        "tree",
+        "engines/base",
+        "training/time_limit",
+        "training/hooks",
+        "training/environments",
+        "training/regularization",
+        "prefix_sharing/trie",
+        "viewing/lines",
+        "training/reward_checks",
+        "training/step_check",
+    ],
     [
         "scores",
         "values",
@@ -39,7 +50,9 @@ FLOORS = [
         "prefix_sharing/attention",
         "prefix_sharing/comparison",
         "evaluation/estimates",
+        "evaluation/adapters",
         "training/checkpoints",
+        "training/success",
     ],
     ["branching", "advantages", "prefix_sharing/trainer_mixin"],
     ["growth"],
@@ -51,9 +64,12 @@ FLOORS = [
     ["viewing/recorder"],
     ["engines/transformers", "engines/vllm", "engines/vllm_server", "engines/vllm_cpu", "engines/turns"],
     ["ibtpo_config"],
-    ["training/rewards", "training/checks", "training/metrics", "training/model_card", "evaluation/samples"],
+    [
+        *("training/rewards", "training/checks", "training/metrics", "training/model_card", "evaluation/samples"),
+        *("training/completions_table", "training/progress"),
+    ],
     ["training/tools"],
-    ["training/generation", "evaluation/questions", "evaluation/harness"],
+    ["training/reports", "training/generation", "evaluation/questions", "evaluation/harness"],
     ["ibtpo_trainer"],
     ["cli/common"],
     ["cli/train", "cli/evaluate", "cli/tree", "cli/view", "cli/doctor"],

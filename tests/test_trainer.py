@@ -161,6 +161,8 @@ LOGGED = (
     "tree/trajectory_tokens",
     "tree/depth",
     "tree/branch_position",
+    "tree/selected_minus_fresh",
+    "tree/fresh_minus_fresh",
     "ib/score",
     "ib/covariance",
     "ib/confidence",

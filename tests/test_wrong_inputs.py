@@ -5,7 +5,9 @@ import math
 import agents
 import pytest
 import tiny
-from datasets import Dataset, IterableDataset
+import trl.rewards
+from datasets import Dataset, DatasetDict, IterableDataset
+from transformers import Qwen3ForCausalLM
 from trl import GRPOConfig
 
 from trl_ibtpo import IBTPOTrainer
@@ -33,6 +35,34 @@ def needs_solution(completions, solution, **kwargs):
     return [1.0] * len(completions)
 
 
+def needs_prompt(prompt, completions, **kwargs):
+    return [1.0] * len(completions)
+
+
+def takes_completions_only(prompts, completions):
+    return [1.0] * len(completions)
+
+
+def takes_text(text):
+    return 1.0
+
+
+def reads_messages(completions, **kwargs):
+    return [float("7" in completion[0]["content"]) for completion in completions]
+
+
+def reads_text(completions, **kwargs):
+    return [float("7" in completion.strip()) for completion in completions]
+
+
+def returns_nothing(completions, **kwargs):
+    sum(len(completion) for completion in completions)
+
+
+def returns_words(completions, **kwargs):
+    return ["right" for _ in completions]
+
+
 def tool() -> str:
     """A tool."""
     return "x"
@@ -46,7 +76,7 @@ def tokenizer(vocab_size: int = 320, **changes):
 
 
 def prompts(*values) -> Dataset:
-    return Dataset.from_dict({"prompt": list(values) * 8})
+    return Dataset.from_dict({"prompt": list(values) * 8, "letter": ["a"] * 8 * len(values)})
 
 
 def streamed(**row) -> IterableDataset:
@@ -88,8 +118,20 @@ ROWS = {
     "another group size": (
         {"num_generations": 8},
         ValueError,
-        r"`num_generations` is 8, but the tree has 12 trajectories: .* = 4 \+ \(9 - 1\) \* 1 \* 1 = 12. Leave",
+        r"`num_generations` is 8, but the tree has 12 trajectories: .* = 4 \+ \(9 - 1\) \* 1 \* 1 = 12. Leave "
+        "`num_generations` out, or change the tree: `tree_levels=5` gives 8 trajectories",
     ),
+    "a group smaller than the first rollouts": (
+        {"num_generations": 3},
+        ValueError,
+        "`tree_initial_rollouts=3` with `tree_levels=1` gives 3 trajectories",
+    ),
+    "a group that wide rounds do not give": (
+        {"num_generations": 7, "tree_nodes_per_level": 2},
+        ValueError,
+        "`num_generations` is 7, .* `tree_initial_rollouts=5` with `tree_levels=2` gives 7 trajectories",
+    ),
+    "field of another package": ({"tree_depth": 5}, TypeError, "unexpected keyword argument 'tree_depth'"),
     # batches
     "batch without whole trees": (
         {"per_device_train_batch_size": 8},
@@ -165,6 +207,59 @@ ROWS = {
     "empty range": ({"success_range": (0.5, 0.5)}, ValueError, r"`success_range` is \(0.5, 0.5\); it must be"),
     "infinite range": ({"success_range": (0.0, math.inf)}, ValueError, r"`success_range` is \(0.0, inf\); it must be"),
     "range as text": ({"success_range": "01"}, ValueError, "`success_range` is '01'; it must be the lowest and the"),
+    "top_p in percent": (
+        {"top_p": 95},
+        ValueError,
+        r"`top_p` is 95; it must be a share in \(0, 1\] of the prob",
+    ),
+    "top_k of vLLM": ({"top_k": -1}, ValueError, "`top_k` is -1; it must be a whole number of tokens, or 0 for all"),
+    # success
+    "success as a number": ({"success_reward": 0.5}, ValueError, "`success_reward` is 0.5; it must be the name of a"),
+    "success compared otherwise": (
+        {"success_reward": ("shaped", "==", 1)},
+        ValueError,
+        r"`success_reward` is \('shaped', '==', 1\); it must be the name .* \('shaped_reward', '>', 0.5\)",
+    ),
+    "success without a limit": (
+        {"success_reward": ["shaped", ">"]},
+        ValueError,
+        r"`success_reward` is \['shaped', '>'\]; it must be",
+    ),
+    "success as a lambda": (
+        {"success_reward": lambda rewards: True},
+        ValueError,
+        "`success_reward` is a function without a name, .* give the function to the trainer as `success_func`",
+    ),
+    "a threshold and a range": (
+        {"success_reward": "even_length > 0.5", "success_range": (0, 2)},
+        ValueError,
+        r"`success_range` is \(0, 2\) and `success_reward` is \('even_length', '>', 0.5\), .* Leave `success_ran",
+    ),
+    "success of a function that is not in the list": (
+        {"success_reward": tiny.text_of},
+        ValueError,
+        "`success_reward` is 'text_of', which is not a reward function. Available: even_length, has_letter. Add",
+    ),
+    "threshold on nothing": (
+        {"success_reward": "accuracy>0.5"},
+        ValueError,
+        "`success_reward` is 'accuracy', which is not a reward function",
+    ),
+    "success function as a name": (
+        {"success_func": "even_length"},
+        TypeError,
+        "`success_func` is 'even_length'; it must be a function of the rewards .* `success_reward`",
+    ),
+    "two kinds of success": (
+        {"success_func": len, "success_reward": "even_length"},
+        ValueError,
+        r"Both `success_func` and `success_reward` \('even_length'\) say .* Leave one out",
+    ),
+    "success function with another name inside": (
+        {"success_func": lambda rewards: rewards["accuracy"] > 0},
+        ValueError,
+        r"`success_func` raised KeyError: 'accuracy' for the rewards \{'even_length': ",
+    ),
     # choices and text
     "unknown branching": (
         {"branching": "best"},
@@ -222,6 +317,16 @@ ROWS = {
         ValueError,
         "`selection_correction` is True, but no step is chosen",
     ),
+    "negative regularization": (
+        {"ib_regularization_coef": -0.1},
+        ValueError,
+        "`ib_regularization_coef` is -0.1; it must be a number of at least 0",
+    ),
+    "a shift of nothing": (
+        {"ib_regularization_shift": 0.5},
+        ValueError,
+        "`ib_regularization_shift` is 0.5, but `ib_regularization_coef` is 0",
+    ),
     "sampled weights and picks by reward": (
         {"shared_token_weight": "sampled", "branching": "ib"},
         ValueError,
@@ -235,6 +340,7 @@ ROWS = {
     ),
     # what TRL has and a tree cannot use
     "not our config": ({"args": GRPO}, TypeError, "`args` is a GRPOConfig; IBTPOTrainer needs an IBTPOConfig"),
+    "a dict as config": ({"args": {"output_dir": "out"}}, TypeError, "`args` is a dict; IBTPOTrainer needs an IBTPO"),
     "tools that the template does not render": (
         {"tools": [tool]},
         ValueError,
@@ -275,6 +381,16 @@ ROWS = {
         {"generation_kwargs": {"num_beams": 2}},
         ValueError,
         "`generation_kwargs` sets `num_beams` to 2, which is not supported: .* Sample with temperature, top_k",
+    ),
+    "unknown mode of vLLM": (
+        {"use_vllm": True, "vllm_mode": "colocated"},
+        ValueError,
+        "`vllm_mode` is 'colocated'; it must be 'colocate' .* or 'server'",
+    ),
+    "own stops and masked truncation": (
+        {"use_vllm": True, "generation_kwargs": {"stop": ["</answer>"]}, "mask_truncated_completions": True},
+        ValueError,
+        r"`mask_truncated_completions` is True, .* mask all those that `generation_kwargs` \(\{'stop'.* Leave `mask",
     ),
     "tensor parallel": (
         {"use_vllm": True, "vllm_tensor_parallel_size": 2},
@@ -321,6 +437,22 @@ ROWS = {
     ),
     # datasets
     "no dataset": ({"train_dataset": None}, ValueError, "`train_dataset` is required; it must have a column 'prompt'"),
+    "a dataset by name": (
+        {"train_dataset": "questions.jsonl"},
+        TypeError,
+        r"`train_dataset` is 'questions.jsonl'; it must be a dataset, .* `load_dataset\('json', data_files=",
+    ),
+    "all splits": (
+        {"train_dataset": DatasetDict({"train": tiny.questions(8), "test": tiny.questions(8)})},
+        ValueError,
+        r"`train_dataset` is a DatasetDict with the splits train, test. Give one of them, .* `dataset\['train'\]`",
+    ),
+    "a dict of datasets": (
+        {"train_dataset": {"math": tiny.questions(8)}},
+        ValueError,
+        r"`train_dataset` is a dict with the splits math. Give one of them, for example `dataset\['math'\]`",
+    ),
+    "no split": ({"train_dataset": DatasetDict()}, ValueError, "is a DatasetDict with the splits none. Give one"),
     "not a dataset": (
         {"train_dataset": [{"prompt": "a"}] * 8},
         TypeError,
@@ -394,6 +526,14 @@ ROWS = {
         ValueError,
         "prompt has 300 tokens, .* `max_position_embeddings` of the model is 256. Drop rows with prompts of 256",
     ),
+    "messages without a template": (
+        {
+            "train_dataset": tiny.questions(8, conversational=True),
+            "processing_class": tokenizer(chat_template=None),
+        },
+        ValueError,
+        r"holds chat messages, but the tokenizer \(no name\) has no chat template. Set one, .* `processing_class`; or",
+    ),
     # reward functions
     "no reward function": (
         {"reward_funcs": []},
@@ -427,8 +567,80 @@ ROWS = {
     ),
     "reward needs another column": (
         {"reward_funcs": [needs_solution]},
+        ValueError,
+        r"'needs_solution' needs `solution`, but `train_dataset` has no such column \(it has: prompt, letter\)",
+    ),
+    "reward needs a column of the evaluation": (
+        {
+            "reward_funcs": [needs_solution],
+            "train_dataset": tiny.questions(8).rename_column("letter", "solution"),
+            "eval_dataset": tiny.questions(8),
+            "eval_strategy": "epoch",
+        },
+        ValueError,
+        "'needs_solution' needs `solution`, but `eval_dataset` has no such column",
+    ),
+    "columns are dropped": (
+        {"reward_funcs": [tiny.has_letter], "remove_unused_columns": True},
+        ValueError,
+        "'has_letter' needs `letter`, which is a column of `train_dataset`, but `remove_unused_columns` is True",
+    ),
+    "reward needs the prompt": (
+        {"reward_funcs": [needs_prompt]},
+        ValueError,
+        "'needs_prompt' needs `prompt`, but reward functions get lists: call the parameter `prompts`",
+    ),
+    "reward takes completions only": (
+        {"reward_funcs": [takes_completions_only]},
+        ValueError,
+        r"'takes_completions_only' does not take `completion_ids`, .* `def takes_completions_only\(completions, \*\*",
+    ),
+    "reward takes a single text": (
+        {"reward_funcs": [takes_text]},
+        ValueError,
+        "'takes_text' does not take `completion_ids`, but it is called with completion_ids, completions, ",
+    ),
+    "reward by a wrong name": (
+        {"reward_funcs": "acuracy_reward"},
+        ValueError,
+        "`reward_funcs` holds 'acuracy_reward', which is the name of no function in trl.rewards .there are: accuracy_",
+    ),
+    **{
+        f"{name} of TRL on text": (
+            {"reward_funcs": [reward], "train_dataset": prompts("a").rename_column("letter", "solution")},
+            ValueError,
+            f"'{name}' of TRL reads chat messages, but the column 'prompt' holds text, .* `dataset.map",
+        )
+        for name, reward in (
+            ("accuracy_reward", "accuracy_reward"),  # by its name, as on the command line
+            ("think_format_reward", trl.rewards.think_format_reward),
+            ("cosine_scaled_reward", trl.rewards.get_cosine_scaled_reward(max_len=32)),
+        )
+    },
+    "reward for messages gets text": (
+        {"reward_funcs": [reads_messages]},
         RewardFunctionError,
-        "'needs_solution' raised TypeError: .* missing 1 required positional argument: 'solution'",
+        r"'reads_messages' raised TypeError: .* Completions are text here, since prompts are: `completion`, not",
+    ),
+    "reward for text gets messages": (
+        {"reward_funcs": [reads_text], "train_dataset": tiny.questions(8, conversational=True)},
+        RewardFunctionError,
+        r"'reads_text' raised AttributeError: .* lists of messages here, .*: `completion\[0\]\['content'\]` is the",
+    ),
+    "reward returns nothing": (
+        {"reward_funcs": [returns_nothing]},
+        RewardFunctionError,
+        "'returns_nothing' returned None; it must return a list with one number or None per completion",
+    ),
+    "reward returns verdicts in words": (
+        {"reward_funcs": [returns_words]},
+        RewardFunctionError,
+        r"'returns_words' returned \['right', .*\]; it must return a list with one number or None per completion",
+    ),
+    "weights of another number": (
+        {"reward_weights": [1.0]},
+        ValueError,
+        r"Number of reward weights \(1\) must match number of reward functions \(2\)",
     ),
     "reward too short": (
         {"reward_funcs": [short]},
@@ -447,6 +659,21 @@ ROWS = {
     ),
     # models and tokenizers
     "no model": ({"model": None}, TypeError, "`model` is None; give the name of a model .* 'Qwen/Qwen3-1.7B-Base'"),
+    "a class as model": (
+        {"model": Qwen3ForCausalLM},
+        TypeError,
+        "`model` is <class '.*Qwen3ForCausalLM'>; give the name of a model on the Hub, .* or a loaded model",
+    ),
+    "settings of LoRA as a dict": (
+        {"peft_config": {"r": 8}},
+        TypeError,
+        "`peft_config` must be a `peft.PeftConfig` instance .*, got dict",
+    ),
+    "name of a tokenizer": (
+        {"processing_class": "gpt2"},
+        TypeError,
+        "`processing_class` must be either a `PreTrainedTokenizerBase` or a `ProcessorMixin`",
+    ),
     "unknown model": (
         {"model": "/no/such/model"},
         FileNotFoundError,
@@ -479,6 +706,8 @@ ROWS = {
     ),
 }
 ARGUMENTS = (
+    "success_func",
+    "peft_config",
     "model",
     "args",
     "train_dataset",
@@ -519,10 +748,10 @@ def test_wrong_input(model_path, config, overrides, error, message):
     ids=str,
 )
 def test_options_that_a_tree_can_use(config, fields):
-    checks.refuse_unsupported("a/model", tiny.even_length, config(**fields), tiny.questions(12), None, None, {})
+    checks.refuse_unsupported("a/model", [tiny.even_length], config(**fields), tiny.questions(12), None, None, {})
 
 
 def test_a_column_that_is_dropped_is_not_refused(config):
     data = tiny.questions(12).add_column("completions", ["b"] * 12)
     args = config(remove_unused_columns=True)
-    checks.refuse_unsupported("a/model", tiny.even_length, args, data, data, None, {})
+    checks.refuse_unsupported("a/model", [tiny.even_length], args, data, data, None, {})

@@ -182,7 +182,11 @@ class TreeGrower:
         branch = self._branches[leaf]
         branch.reward, branch.complete = reward, True
         self._unrewarded -= 1
-        if not self.waits_for_rewards and not self._unrewarded:
+        self._reward_leaves()
+
+    def _reward_leaves(self) -> None:
+        """All at once where none waits: when the last reward is known and the last rollout is in the tree."""
+        if self.done and not self.waits_for_rewards:
             for branch in self._branches:  # in their order: sums do not depend on which was rewarded first
                 self.tree.add_reward(branch.leaf, branch.reward)
 
@@ -307,6 +311,7 @@ class TreeGrower:
         if self.waits_for_rewards:
             self.tree.add_reward(branch.leaf, branch.reward)
         self._pending.remove(branch)
+        self._reward_leaves()
         branch.rollout = None  # the tree owns it now
         return True
 

@@ -11,6 +11,7 @@ from trl import GRPOConfig
 from .advantages import ADVANTAGES, BY_VALUE, CreditSettings
 from .branching import STRATEGIES, uses_rewards
 from .growth import GrowthSettings
+from .training.success import parse_rule
 from .values import VALUES
 from .weights import SharedTokenWeight
 
@@ -57,6 +58,12 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         _is_positive,
         "positive (the paper uses 0.7), or all rollouts from a step would be the same",
     ),
+    (
+        "top_p",
+        lambda value: _is_number(value) and 0 < value <= 1,
+        "a share in (0, 1] of the probability to sample from (the paper uses 0.95)",
+    ),
+    ("top_k", lambda value: _is_whole(value, 0), "a whole number of tokens, or 0 for all (the paper uses 20)"),
     ("ib_beta", _is_positive, "positive (the paper uses 5)"),
     ("ib_coef", _is_number, "a number (the paper uses 0.1)"),
     (
@@ -64,6 +71,12 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda value: isinstance(value, Real) and not isinstance(value, bool) and value >= 0,
         "a number of leaves from 0 (only the nearest siblings count), or infinite (all other leaves of the question)",
     ),
+    (
+        "ib_regularization_coef",
+        lambda value: _is_number(value) and value >= 0,
+        "a number of at least 0 (IBRO's paper uses 0.005)",
+    ),
+    ("ib_regularization_shift", _is_number, "a number (IBRO's paper uses 0)"),
     (
         "success_range",
         lambda value: value is None or _is_range(value),
@@ -141,9 +154,11 @@ class IBTPOConfig(GRPOConfig):
             Text that ends a step.
         step_confidence (`str`, *optional*, defaults to `"geometric_mean"`):
             Probability of a step under the sampling policy, \( \pi(s) \): `"geometric_mean"` per token or `"joint"`.
-        success_reward (`str`, *optional*):
-            Name of the reward function that says how right a completion is, its success. Defaults to the first reward
-            function. Branching and \( A_{IB} \) use it; \( A_{GL} \) uses the full weighted reward.
+        success_reward (`str` or `tuple[str, str, float]`, *optional*):
+            What says how right a completion is, its success: the name of a reward function, or a threshold on one,
+            `("shaped_reward", ">", 0.5)`, which on a command line is one text, `"shaped_reward > 0.5"`. Defaults to
+            the first reward function. Branching and \( A_{IB} \) use it; \( A_{GL} \) uses the full weighted reward.
+            A function of all rewards of a completion goes to the trainer, as `success_func`.
         success_range (`list[float]`, *optional*):
             Lowest and highest value of that function, for example `(-1.0, 1.5)`: success is the share of the way from
             the one to the other, clipped to [0, 1]. Left out, values in [0, 1] are used as they are; a tree with a
@@ -189,6 +204,15 @@ class IBTPOConfig(GRPOConfig):
             initial rollouts weigh alike however often they were branched, and each of `c` continuations of a step
             weighs \( 1/c \) of it. `"sampled"` needs a `branching` that does not look at rewards. KL and entropy
             terms always count once per trajectory.
+
+        > Parameters that regularize entropy
+
+        ib_regularization_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of IBRO's term (arXiv 2507.18391, which uses `0.005`): the mean over tokens of advantage times
+            entropy is taken off the loss, so that entropy rises where the advantage is positive and falls where it is
+            negative. The \( \alpha \) of that paper.
+        ib_regularization_shift (`float`, *optional*, defaults to `0.0`):
+            What is added to the advantage in that term; \( \eta \) in that paper.
 
         > Parameters that control the forward pass
 
@@ -342,11 +366,11 @@ class IBTPOConfig(GRPOConfig):
             "choices": ["geometric_mean", "joint"],
         },
     )
-    success_reward: str | None = field(
+    success_reward: list[str] | str | None = field(
         default=None,
         metadata={
-            "help": "Name of the reward function that says how right a completion is. If `None`, the first reward "
-            "function."
+            "help": "Name of the reward function that says how right a completion is, or a threshold on one, such as "
+            "'shaped_reward > 0.5'. If `None`, the first reward function."
         },
     )
     success_range: list[float] | None = field(
@@ -423,6 +447,18 @@ class IBTPOConfig(GRPOConfig):
         },
     )
 
+    # Parameters that regularize entropy
+    ib_regularization_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of IBRO's term: the mean over tokens of advantage times entropy is taken off the loss."
+        },
+    )
+    ib_regularization_shift: float = field(
+        default=0.0,
+        metadata={"help": "What is added to the advantage in IBRO's term."},
+    )
+
     # Parameters that control the forward pass
     packed_forward: bool | None = field(
         default=None,
@@ -454,7 +490,8 @@ class IBTPOConfig(GRPOConfig):
                 f"`num_generations` is {self.num_generations!r}, but the tree has {group} trajectories: "
                 f"tree_initial_rollouts + (tree_levels - 1) * tree_nodes_per_level * tree_branches_per_node = "
                 f"{self.tree_initial_rollouts} + ({self.tree_levels} - 1) * {self.tree_nodes_per_level} * "
-                f"{self.tree_branches_per_node} = {group}. Leave `num_generations` out, or change the tree."
+                f"{self.tree_branches_per_node} = {group}. Leave `num_generations` out, or change the tree"
+                f"{self._shape_for(self.num_generations)}."
             )
         self.num_generations = group
         if self.per_device_train_batch_size is None:
@@ -468,6 +505,11 @@ class IBTPOConfig(GRPOConfig):
     def growth_settings(self) -> GrowthSettings:
         """What the growth of a tree depends on."""
         return GrowthSettings(**{each.name: getattr(self, each.name) for each in fields(GrowthSettings)})
+
+    @property
+    def step_delimiters(self) -> list[str]:
+        """Every text that ends a step."""
+        return [self.step_delimiter] if isinstance(self.step_delimiter, str) else list(self.step_delimiter)
 
     @property
     def credit_settings(self) -> CreditSettings:
@@ -489,6 +531,19 @@ class IBTPOConfig(GRPOConfig):
         """Whether success decides where trees branch, or what their steps are worth."""
         return self.branches_by_reward or (self.advantage == "ibtpo" and self.ib_coef != 0)
 
+    def _shape_for(self, leaves: Any) -> str:
+        """Which field gives the tree that many trajectories, in words that end a sentence."""
+        if not _is_whole(leaves, 2):
+            return ""
+        per_round = self.growth_settings.branches_per_round
+        rounds, rest = divmod(leaves - self.tree_initial_rollouts, per_round)
+        if rounds >= 0 and rest == 0:
+            return f": `tree_levels={rounds + 1}` gives {leaves} trajectories"
+        if leaves < self.tree_initial_rollouts:
+            return f": `tree_initial_rollouts={leaves}` with `tree_levels=1` gives {leaves} trajectories"
+        first = self.tree_initial_rollouts + rest
+        return f": `tree_initial_rollouts={first}` with `tree_levels={rounds + 1}` gives {leaves} trajectories"
+
     def _check_tree(self) -> None:
         for names, holds, rule in RULES:
             for name in names.split():
@@ -503,8 +558,14 @@ class IBTPOConfig(GRPOConfig):
                 f"The tree has one trajectory (`tree_initial_rollouts` is {self.tree_initial_rollouts}, `tree_levels` "
                 f"is {self.tree_levels}), but advantages compare at least 2. Raise one of them."
             )
+        self.success_reward = parse_rule(self.success_reward)
         if self.success_range is not None:
             self.success_range = tuple(self.success_range)
+            if isinstance(self.success_reward, tuple):
+                raise ValueError(
+                    f"`success_range` is {self.success_range} and `success_reward` is {self.success_reward}, but what "
+                    "a threshold says is true or false and has no range. Leave `success_range` out."
+                )
 
     def _check_credit(self) -> None:
         """Combinations that would train on something else than they say."""
@@ -526,6 +587,11 @@ class IBTPOConfig(GRPOConfig):
                     f"`{name}` is {getattr(self, name)!r}, but `advantage={self.advantage!r}` is not made of the "
                     f"values of steps. Use {plain!r}, or one of these advantages: {', '.join(BY_VALUE)}."
                 )
+        if self.ib_regularization_shift != 0 and self.ib_regularization_coef == 0:
+            raise ValueError(
+                f"`ib_regularization_shift` is {self.ib_regularization_shift!r}, but `ib_regularization_coef` is 0, "
+                "so there is no term that it shifts. Set the coefficient as well, for example to 0.005."
+            )
         if self.selection_correction and not self.branches:
             raise ValueError(
                 "`selection_correction` is True, but no step is chosen: no rollout continues another one."

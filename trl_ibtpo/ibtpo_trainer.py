@@ -2,7 +2,7 @@
 
 A thin adapter. It hooks into TRL where completions are generated, scored and given advantages, calls `super()` for
 everything else, and copies none of TRL's methods. What it mixes in keeps to one idea each: where trees come from
-(`generation`), the forward pass (`shared_forward`), checkpoints.
+(`generation`), what is said of them (`reports`), the forward pass (`trainer_mixin`), checkpoints.
 """
 
 import textwrap
@@ -14,6 +14,7 @@ from accelerate.utils import gather_object, is_peft_model
 from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl import GRPOTrainer
+from trl.trainer.utils import get_callable_name
 
 from .advantages import ADVANTAGES, AdvantageFunction, GradedTree, TokenAdvantages, token_advantages, whiten
 from .branching import Strategy, make_strategy, uses_rewards
@@ -29,7 +30,12 @@ from .training.generation import Grown, TreeGeneration
 from .training.hooks import check_hooks
 from .training.metrics import TreeMetrics, mean_per_question
 from .training.model_card import complete_card, tree_to_show
+from .training.regularization import IBRegularization
+from .training.reports import TreeReports
+from .training.reward_checks import resolve_reward_funcs
 from .training.rewards import RewardScorer
+from .training.step_check import describe_escapes
+from .training.success import Success, SuccessFunction
 from .training.tools import ToolHost
 from .viewing.recorder import TreeLog
 
@@ -43,7 +49,7 @@ _WAYS = {
 }
 
 
-class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTrainer):
+class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedForward, WholeCheckpoints, GRPOTrainer):
     """
     Trainer for Information Bottleneck Tree-based Policy Optimization (IB-TPO), from the paper [Long Live The Balance:
     Information Bottleneck Driven Tree-based Policy
@@ -73,7 +79,13 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
     Args:
         model, reward_funcs, args, train_dataset, eval_dataset, processing_class, kwargs:
             As in [`~trl.GRPOTrainer`], with [`IBTPOConfig`] for `args`. `tools`, `environment_factory` and
-            `rollout_func` are not supported: a tree branches inside a single completion.
+            `rollout_func` are not supported: a tree branches inside a single completion. `reward_funcs` also takes
+            the names of functions in `trl.rewards`.
+        success_func:
+            Says how right a completion is, in place of `success_reward`: gets its rewards as a dict from the names of
+            the reward functions to numbers (`None` where there is none), and returns True or False, a number in
+            [0, 1], or `None` where that is unknown. For example
+            `lambda rewards: rewards["accuracy_reward"] == 1 and rewards["length_reward"] > 0.2`.
         advantage (`Callable`, *optional*):
             A function of your own in place of the one that `advantage` in `args` names; see docs/methods.md.
         branching:
@@ -104,6 +116,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         eval_dataset: Any = None,
         processing_class: Any = None,
         *,
+        success_func: SuccessFunction | None = None,
         advantage: AdvantageFunction | None = None,
         branching: Strategy | None = None,
         **kwargs: Any,
@@ -122,6 +135,13 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         self._strategy = make_strategy(args.branching) if branching is None else branching
         self._branching = args.branching if branching is None else checks.name_of(branching)
         check_hooks(GRPOTrainer)
+        environments = kwargs.get("environment_factory") is not None  # which may have rewards of their own
+        reward_funcs = resolve_reward_funcs(reward_funcs, optional=environments)
+        if (message := describe_escapes(args.step_delimiters)) is not None:
+            logger.warning(message)
+        if not environments and not any(isinstance(func, (str, torch.nn.Module)) for func in reward_funcs):
+            # Only to complain before a model is loaded: TRL has the last word on names.
+            Success(list(map(get_callable_name, reward_funcs)), args.success_reward, args.success_range, success_func)
         checks.refuse_unsupported(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, kwargs)
         super().__init__(
             model=model,
@@ -133,6 +153,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             **kwargs,
         )
         checks.check_tokenizer(self._tokenizer)
+        checks.check_template(self._tokenizer, checks.first_row(train_dataset))
         for pool in getattr(self, "_environment_pool", {}).values():
             check_environment(pool[0], args.environment_branching)
         if self.use_vllm and self.vllm_mode == "colocate" and runs_on_cpu():
@@ -140,10 +161,9 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         checks.refuse_sharded_growth(self._dist, args, self.reward_funcs)
         self._check_process_share()
         self._choose_forward()
-        self._success_index = self._find_success_reward()
-        # Whether it was said how success is made of rewards outside [0, 1], or there is nothing to say.
-        steers = args.success_steers or (branching is not None and uses_rewards(branching))
-        self._scaling_said = args.success_range is not None or not steers
+        self._success = Success(self.reward_func_names, args.success_reward, args.success_range, success_func)
+        self._success_steers = args.success_steers or (branching is not None and uses_rewards(branching))
+        self._start_reports()
         self._splitter = StepSplitter(self._tokenizer, args.step_delimiter)
         self._tree_inputs: list[dict[str, Any]] = []  # dataset rows of the generation batch being made
         self._grown: list[GrownTree] = []
@@ -181,7 +201,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
                 self.args,
                 self.state.log_history,
                 self._shown_tree,
-                success_reward=self.reward_func_names[self._success_index],
+                success_reward=str(self._success),
                 branching=self._branching,
                 advantage=self._advantage_name,
                 adapter=is_peft_model(self.accelerator.unwrap_model(self.model)),
@@ -203,7 +223,7 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         self._tree_inputs = inputs
         try:
             output = super()._generate_and_score_completions(inputs)
-            output["advantages"] = self._step_advantages(output)
+            self._set_step_advantages(output)
             output["row"] = torch.arange(len(inputs), device=output["advantages"].device)
             if hasattr(self._strategy, "learn"):
                 found = [self._strategy.evidence(grown.tree, grown.scores) for grown in self._grown]
@@ -266,8 +286,10 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         scorer = self._scorer
+        self._recount_clipped(completion_ids_list)
         if not self.model.training:
             if self.args.reward_timeout is None:
+                self._log_tree_columns(len(completions))
                 return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
             scorer = self._score_evaluation(inputs, prompts, completions, completion_ids_list)
         elif [repr(completion) for completion in completions] != scorer.decoded:
@@ -278,30 +300,20 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         completions[:] = scorer.completions  # reward functions may have edited them, which TRL's table shows
         for column, values in scorer.extra_columns.items():
             self._log_completion_extra(column, values)
+        self._log_tree_columns(len(completions))
         for name, calls in scorer.metrics.items():
             leaves = sum(count for _, count in calls)
             self._log_metric(name, sum(value * count for value, count in calls) / leaves)
         self._log_timeouts(scorer)
         rewards = self.accelerator.gather(torch.tensor(scorer.rewards, device=self.accelerator.device))
         if self.model.training:
-            self._say_scaling(rewards[:, self._success_index].cpu().numpy())
+            self._look_at_rewards(rewards.cpu().double().numpy(), prompts)
         return rewards
-
-    def _log_timeouts(self, scorer: RewardScorer) -> None:
-        """Completions that each function left unscored, over all processes; a collective call where a limit is set."""
-        if self.args.reward_timeout is None:
-            return
-        local = torch.tensor(scorer.timed_out.sum(axis=0), dtype=torch.float32, device=self.accelerator.device)
-        mode = "train" if self.model.training else "eval"
-        counts = self.accelerator.reduce(local, reduction="sum").tolist()
-        for name, func, count in zip(self.reward_func_names, self.reward_funcs, counts, strict=True):
-            if not isinstance(func, torch.nn.Module):
-                self._metrics[mode][f"rewards/{name}/timeouts"].append(count)
 
     # ----- advantages ------------------------------------------------------------------------------------------------
 
-    def _step_advantages(self, output: dict[str, Any]) -> torch.Tensor:
-        """What replaces GRPO's advantage of each trajectory: those of its steps, weighted; `(B,)` to `(B, T)`."""
+    def _set_step_advantages(self, output: dict[str, Any]) -> None:
+        """Replace GRPO's advantage of each trajectory by those of its steps, weighted: `(B,)` to `(B, T)`."""
         advantages = output["advantages"]
         unscorable = np.isnan(self._scorer.rewards).all(axis=1)
         advantage_B = np.where(unscorable, np.nan, advantages.cpu().double().numpy())
@@ -329,23 +341,15 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
         if getattr(self._advantage, "whitened", False):
             mask = output["completion_mask"] * output.get("tool_mask", 1)
             per_token = whiten(per_token, mask.cpu().numpy() > 0, self._sum_over_processes)
-        per_token *= padded(weights_B)
-        self._rewrite_logged_advantages(per_token)
-        return torch.tensor(per_token, dtype=advantages.dtype, device=advantages.device)
+        weighted = per_token * padded(weights_B)
+        self._rewrite_logged_advantages(weighted)
+        output["advantages"] = torch.as_tensor(weighted).to(advantages)
+        if self.args.ib_regularization_coef and self.args.shared_token_weight != "per_trajectory":
+            output["unweighted_advantages"] = torch.as_tensor(per_token).to(advantages)
 
     def _sum_over_processes(self, values: np.ndarray) -> np.ndarray:
         local = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device)
         return self.accelerator.reduce(local, reduction="sum").double().cpu().numpy()
-
-    def _rewrite_logged_advantages(self, per_token: np.ndarray) -> None:
-        """The completions table shows one number per trajectory: the mean over its tokens."""
-        sampled = [grown.tree.sampled(leaf) for grown in self._grown for leaf in range(len(grown.tree.leaves))]
-        means = gather_object(
-            [float(row[: len(mask)][mask].mean()) for row, mask in zip(per_token, sampled, strict=True)]
-        )
-        for _ in means:
-            self._logs["advantages"].pop()
-        self._logs["advantages"].extend(means)
 
     # ----- checks and words ------------------------------------------------------------------------------------------
 
@@ -359,17 +363,6 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
                 f"of {self.num_generations * self.accelerator.num_processes}."
             )
 
-    def _find_success_reward(self) -> int:
-        name = self.args.success_reward
-        if name is None:
-            return 0
-        if name not in self.reward_func_names:
-            raise ValueError(
-                f"`success_reward` is {name!r}, which is not a reward function. Available: "
-                f"{', '.join(self.reward_func_names)}."
-            )
-        return self.reward_func_names.index(name)
-
     def _describe(self) -> str:
         args = self.args
         if args.branching == "independent":
@@ -382,13 +375,10 @@ class IBTPOTrainer(TreeGeneration, PrefixSharedForward, WholeCheckpoints, GRPOTr
             )
         trees = args.per_device_train_batch_size * args.steps_per_generation // self.num_generations
         engine = f"vLLM, {self.vllm_mode} mode" if self.use_vllm else "transformers (`use_vllm` is off)"
-        success = f"'{self.reward_func_names[self._success_index]}'"
-        if args.success_range is not None:
-            success += " between {} and {} (`success_range`)".format(*args.success_range)
         return (
             f"IB-TPO: {shape}, {trees} per process and generation; advantage '{self._advantage_name}' "
-            f"(ib_coef={args.ib_coef}, ib_beta={args.ib_beta}); success from {success}; engine: {engine}; forward: "
-            f"{self._forward_in_words()}{self._describe_tools()}."
+            f"(ib_coef={args.ib_coef}, ib_beta={args.ib_beta}); success from {self._success}; engine: {engine}; "
+            f"forward: {self._forward_in_words()}{self._describe_tools()}."
         )
 
     def _describe_tools(self) -> str:

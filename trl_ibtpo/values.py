@@ -109,3 +109,27 @@ def selection_bias(
             luck = slope * centred[choice.candidates.index(step)]
             bias_N[step] += 0.0 if np.isnan(luck) else luck * np.nan_to_num(part_N[step])
     return bias_N
+
+
+def selection_differences(tree: RolloutTree) -> tuple[list[float], list[float]]:
+    """Success of the leaves that a step was chosen with, minus that of the leaves sampled because it was chosen.
+
+    Returns:
+        One difference for each step that a round chose: mean of the leaves that were there before, minus mean of the
+        fresh ones. Above 0 on average where luck decides what is chosen. And one for each pair of fresh leaves of the
+        same choice, the first minus the second: 0 on average whatever decides. Leaves of unknown success are left out,
+        and so is the question, where a tree branches for want of other steps.
+    """
+    success, paths = tree.success, [set(tree.path(leaf)) for leaf in tree.leaves]
+    fresh_of: dict[tuple[int, int], list[int]] = {}
+    for leaf, (step, round) in enumerate(zip(tree.branch_steps, tree.rounds, strict=True)):
+        if round > 0 and step > 0 and not np.isnan(success[leaf]):
+            fresh_of.setdefault((round, step), []).append(leaf)
+    before, among = [], []
+    for (round, step), fresh in fresh_of.items():
+        older = [success[leaf] for leaf, path in enumerate(paths) if step in path and tree.rounds[leaf] < round]
+        older = [value for value in older if not np.isnan(value)]
+        if older:
+            before.append(float(np.mean(older) - np.mean([success[leaf] for leaf in fresh])))
+        among += [success[first] - success[second] for first, second in zip(fresh[::2], fresh[1::2], strict=False)]
+    return before, among

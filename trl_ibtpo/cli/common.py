@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,7 +28,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         if action.default is None or action.default is False:
             return action.help
         if isinstance(action.default, str) and not action.default.strip():
-            return f"{action.help} (default: %(default)r)"
+            return f"{action.help} (default: {json.dumps(action.default)})".replace("%", "%%")
         return super()._get_help_string(action)
 
 
@@ -52,6 +53,13 @@ def write_json(path: str | None, value: Any) -> None:
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(_without_nan(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def say_written(*paths: str | Path | None) -> None:
+    """Name the files that a command has written; on stderr, so that what it prints can be piped."""
+    for path in paths:
+        if path is not None:
+            print(f"Written: {path}", file=sys.stderr, flush=True)
 
 
 def _without_nan(value: Any) -> Any:

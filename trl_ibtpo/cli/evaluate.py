@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .common import Parser, UsageError, write_json
+from .common import Parser, UsageError, say_written, write_json
 
 
 def _parser() -> Parser:
@@ -18,7 +18,7 @@ def _parser() -> Parser:
     source.add_argument(
         "--task", help="math_500, aime24, aime25, gpqa_diamond, ifeval, or any task of the harness that generates text"
     )
-    parser.option("model", required=True, help="name on the Hub or folder")
+    parser.option("model", required=True, help="name on the Hub or folder, of a model or an adapter")
     parser.option("engine", choices=["vllm", "transformers"], default="vllm", help="what generates")
     parser.option("num_samples", type=int, help="completions per question (default: the largest k)")
     parser.option("k", type=int, nargs="+", default=[4], help="for pass@k; none above num_samples")
@@ -32,7 +32,9 @@ def _parser() -> Parser:
     parser.option("json", metavar="FILE", help="also write the result to FILE")
     parser.option("include_path", metavar="FOLDER", help="folder with your own tasks for the harness")
     parser.option("tensor_parallel_size", type=int, default=1, help="GPUs that share the model, with vllm")
-    parser.option("gpu_memory_utilization", type=float, default=0.9, help="share of a GPU's memory for vllm")
+    parser.option(
+        "gpu_memory_utilization", type=float, help="share of the memory for vllm (default: most of what is free)"
+    )
     return parser
 
 
@@ -82,4 +84,7 @@ def run(argv: Sequence[str]) -> int:
     console.print(table)
     if result.get("cut"):
         console.print(f"{result['cut']:.1%} of the completions were cut at {settings.max_new_tokens} tokens.")
+    if result.get("unread"):
+        console.print(f"{result['unread']:.1%} of the completions hold no answer that math-verify can read.")
+    say_written(args.samples, args.json)
     return 0

@@ -7,7 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .common import OneLineErrors, UsageError
+from .common import HelpFormatter, OneLineErrors, UsageError
+
+FIRST = ("model_name_or_path", "dataset_name", "reward_funcs", "output_dir", "use_vllm")  # in the help
+FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # to builders of `datasets`
 
 
 def run(argv: Sequence[str]) -> int:
@@ -19,12 +22,15 @@ def run(argv: Sequence[str]) -> int:
 
     from ..ibtpo_config import IBTPOConfig
 
-    class TrainParser(OneLineErrors, TrlParser):
-        pass
+    class TrainParser(OneLineErrors, OwnFieldsFirst, TrlParser):
+        own_fields = (*FIRST, *IBTPOConfig.__annotations__)
 
     parser = TrainParser(
         (GRPOScriptArguments, IBTPOConfig, ModelConfig, DatasetMixtureConfig),
         prog="trl-ibtpo train",
+        usage="trl-ibtpo train --model_name_or_path MODEL --dataset_name DATASET --reward_funcs NAME ... --output_dir "
+        "FOLDER [--config FILE.yaml] [options]",
+        formatter_class=HelpFormatter,
         description="Train with IBTPOTrainer. `--config FILE.yaml` reads arguments from a file; those on the command "
         "line win. Several processes: accelerate launch -m trl_ibtpo train ...",
     )
@@ -68,19 +74,39 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
+class OwnFieldsFirst:
+    """Mixed into a parser: its help begins with the arguments that matter most, and ends with those of TRL."""
+
+    own_fields: tuple[str, ...] = ()
+
+    def format_help(self) -> str:
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, [])
+        formatter.add_text(self.description)
+        own = sorted(
+            (action for action in self._actions if action.dest in self.own_fields),
+            key=lambda action: self.own_fields.index(action.dest),
+        )
+        others = [action for action in self._actions if action.dest not in self.own_fields]
+        for title, actions in (("what to train, and trees", own), ("all other arguments, which are TRL's", others)):
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        return formatter.format_help()
+
+
 def _reward_functions(script: Any) -> list[str | Callable]:
     """A reward model, names in trl.rewards and dotted paths; the working directory is searched for modules too."""
-    import trl.rewards
+    from ..training.reward_checks import named_reward, trl_reward_names
 
     functions: list[str | Callable] = [script.reward_model_name_or_path] if script.reward_model_name_or_path else []
     for name in script.reward_funcs or []:
-        if name == "get_soft_overlong_punishment":  # with the values that TRL's own help gives
-            functions.append(trl.rewards.get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256))
-        elif "." not in name:
-            if name.startswith("get_") or not callable(getattr(trl.rewards, name, None)):
-                known = [each for each in dir(trl.rewards) if each.endswith("_reward") and not each.startswith("get_")]
-                raise UsageError(f"There is no reward function {name!r}: give a dotted path or one of {known}.")
-            functions.append(getattr(trl.rewards, name))
+        if "." not in name:
+            if name not in trl_reward_names():
+                raise UsageError(
+                    f"There is no reward function {name!r}: give a dotted path or one of {trl_reward_names()}."
+                )
+            functions.append(named_reward(name))
         else:
             module_name, function_name = name.rsplit(".", 1)
             if os.getcwd() not in sys.path:
@@ -95,7 +121,7 @@ def _reward_functions(script: Any) -> list[str | Callable]:
 
 
 def _load_dataset(script: Any, mixture: Any) -> Any:
-    """By name on the Hub, or a folder: files that `load_dataset` knows, or what `save_to_disk` wrote."""
+    """By name on the Hub, a file, or a folder: files that `load_dataset` knows, or what `save_to_disk` wrote."""
     import datasets
     from trl import get_dataset
 
@@ -104,8 +130,14 @@ def _load_dataset(script: Any, mixture: Any) -> Any:
     if mixture.datasets:
         return get_dataset(mixture)
     if not script.dataset_name:
-        raise UsageError("--dataset_name is missing: a name on the Hub or a folder.")
+        raise UsageError("--dataset_name is missing: a name on the Hub, a folder, or a file such as data.jsonl.")
     folder = Path(script.dataset_name)
+    if folder.suffix in FILE_KINDS:
+        if not folder.is_file():
+            raise FileNotFoundError(f"--dataset_name is {script.dataset_name!r}, which is no file here.")
+        return datasets.load_dataset(
+            FILE_KINDS[folder.suffix], data_files=script.dataset_name, streaming=script.dataset_streaming
+        )
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return datasets.load_from_disk(script.dataset_name)
     return datasets.load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..growth import GrownTree, GrowthSettings
-from .common import Parser, UsageError
+from .common import Parser, UsageError, say_written
 
 # Fields of IBTPOConfig that are arguments here, with their types, defaults and help there.
 CONFIG_FIELDS = [field.name for field in dataclasses.fields(GrowthSettings)]
@@ -24,7 +24,7 @@ def make_parser() -> Parser:
         description="Grow one tree of rollouts for a question, print it, and draw it. The success of a trajectory is "
         "math-verify's verdict on it; without an answer it is unknown.",
     )
-    parser.option("model", required=True, help="name on the Hub or folder")
+    parser.option("model", required=True, help="name on the Hub or folder, of a model or an adapter")
     question = parser.add_mutually_exclusive_group(required=True)
     question.add_argument("--question", help="text")
     question.add_argument("--question_file", "--question-file", metavar="FILE", help="file that holds the text")
@@ -72,6 +72,7 @@ def run(argv: Sequence[str]) -> int:
     if args.json is not None:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(dump_record(record) + "\n", encoding="ascii")
+    say_written(args.out, args.json)
     return 0
 
 
@@ -80,8 +81,8 @@ def _grow(args: argparse.Namespace, question: str) -> tuple[GrownTree, Any]:
     import torch
     from datasets import Dataset
 
+    from ..evaluation.adapters import base_of, load_tokenizer, merged
     from ..evaluation.questions import Grader
-    from ..evaluation.samples import load_tokenizer
     from ..ibtpo_config import IBTPOConfig
     from ..ibtpo_trainer import IBTPOTrainer
 
@@ -94,7 +95,7 @@ def _grow(args: argparse.Namespace, question: str) -> tuple[GrownTree, Any]:
     tokenizer = load_tokenizer(args.model)
     chat = tokenizer.chat_template is not None and not args.no_chat_template
     row = {"prompt": [{"role": "user", "content": question}] if chat else question}
-    on_gpu = torch.cuda.is_available()
+    base, on_gpu = base_of(args.model), torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         try:
             config = IBTPOConfig(
@@ -103,7 +104,7 @@ def _grow(args: argparse.Namespace, question: str) -> tuple[GrownTree, Any]:
                 seed=args.seed,
                 use_vllm=args.use_vllm,
                 reproducible_rollouts=True,
-                model_init_kwargs={"dtype": "auto"},
+                model_init_kwargs={"dtype": "auto"} if base is None else None,
                 beta=0.0,  # no reference model
                 gradient_checkpointing=False,
                 bf16=on_gpu and torch.cuda.is_bf16_supported(),
@@ -112,7 +113,8 @@ def _grow(args: argparse.Namespace, question: str) -> tuple[GrownTree, Any]:
             )
         except ValueError as error:
             raise UsageError(str(error)) from error
-        trainer = IBTPOTrainer(args.model, success, config, Dataset.from_list([row]), processing_class=tokenizer)
+        model = args.model if base is None else merged(args.model, base, dtype="auto")
+        trainer = IBTPOTrainer(model, success, config, Dataset.from_list([row]), processing_class=tokenizer)
         trainer.model.eval()
         (grown,) = trainer.grow_trees([row])
     return grown, tokenizer

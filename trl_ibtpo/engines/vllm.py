@@ -19,12 +19,13 @@ class VLLMEngine:
         sampling: arguments of vLLM's `SamplingParams`, such as `temperature`; the budget comes with each request.
         request_seeds: sample each request from its own seed, so that a rollout depends on its prefix and seed alone,
             not on what else is in the batch.
+        lora_request: vLLM's `LoRARequest` of the adapter to sample with, if any.
     """
 
     clock = "tokens"
     _numbers = itertools.count()  # makes request ids unique in an engine that outlives this object
 
-    def __init__(self, llm: Any, sampling: dict[str, Any], request_seeds: bool = True):
+    def __init__(self, llm: Any, sampling: dict[str, Any], request_seeds: bool = True, lora_request: Any = None):
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -39,6 +40,7 @@ class VLLMEngine:
             "detokenize": bool(sampling.get("stop")),
         }
         self._request_seeds = request_seeds
+        self._lora_request = lora_request
         self._in_flight: dict[str, Hashable] = {}  # what vLLM was given as the id of a request, to ours
         self._internal: dict[Hashable, str] = {}  # ours to the id that vLLM makes of what it is given
         self.cached_tokens = 0  # prefix tokens that were not computed again
@@ -49,7 +51,9 @@ class VLLMEngine:
             seed = request.seed if self._request_seeds else None
             parameters = self._sampling_params(**self._sampling, max_tokens=request.max_tokens, seed=seed)
             number = f"tree-{next(self._numbers)}"
-            internal = self._llm_engine.add_request(number, {"prompt_token_ids": request.prefix_ids}, parameters)
+            internal = self._llm_engine.add_request(
+                number, {"prompt_token_ids": request.prefix_ids}, parameters, lora_request=self._lora_request
+            )
             self._in_flight[number] = request.request_id
             self._internal[request.request_id] = internal
 

@@ -5,14 +5,18 @@ own, so that every question gets that many completions and verdicts; avg@k and p
 """
 
 import numbers
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
+from .adapters import base_of, rank_of
 from .estimates import pass_at_k, summarise
-from .samples import SamplesFile, SamplingSettings, seed_of
+from .samples import SamplesFile, SamplingSettings, as_applied, free_share, seed_of
 
 # Short names of the field's benchmarks; any other name is taken as the harness's own.
 TASKS = {
@@ -54,6 +58,7 @@ def evaluate_task(
     name = TASKS.get(task, task)
     manager = _task_manager(include_path)
     _check_task(manager, name)
+    settings = as_applied(settings)
     fingerprint = {**asdict(settings), "task": name}
     records = SamplesFile(samples, fingerprint)
     model = None
@@ -106,6 +111,8 @@ def _check_task(manager: Any, name: str) -> None:
 def _load_model(settings: SamplingSettings, engine_arguments: dict[str, Any]):
     from lm_eval.api.registry import get_model
 
+    base = base_of(settings.model)
+    tqdm.write(f"Loading {settings.model} with {settings.engine}", file=sys.stderr)
     if settings.engine == "vllm":
         try:
             model_class = get_model("vllm")
@@ -114,11 +121,17 @@ def _load_model(settings: SamplingSettings, engine_arguments: dict[str, Any]):
                 "lm-evaluation-harness takes only a vLLM that is installed under the name 'vllm', which a CPU build "
                 "is not. Choose the engine transformers."
             ) from error
-        return model_class(pretrained=settings.model, batch_size="auto", **engine_arguments)
+        if engine_arguments.get("gpu_memory_utilization") is None:
+            share = free_share(on_cpu=False, gpus=engine_arguments.get("tensor_parallel_size", 1))
+            engine_arguments = {**engine_arguments, "gpu_memory_utilization": share}
+        adapter = {} if base is None else {"lora_local_path": settings.model, "max_lora_rank": rank_of(settings.model)}
+        return model_class(pretrained=base or settings.model, batch_size="auto", **adapter, **engine_arguments)
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return get_model("hf")(pretrained=settings.model, batch_size=8, device=device, **engine_arguments)
+    if base is not None:
+        engine_arguments = {**engine_arguments, "peft": settings.model}
+    return get_model("hf")(pretrained=base or settings.model, batch_size=8, device=device, **engine_arguments)
 
 
 def _run(model: Any, manager: Any, name: str, settings: SamplingSettings, index: int) -> dict[str, Any]:
@@ -141,7 +154,7 @@ def _run(model: Any, manager: Any, name: str, settings: SamplingSettings, index:
         tasks=[name],
         task_manager=manager,
         gen_kwargs={**sampling, "max_gen_toks": settings.max_new_tokens},
-        apply_chat_template=settings.chat_template and getattr(model.tokenizer, "chat_template", None) is not None,
+        apply_chat_template=settings.chat_template,
         bootstrap_iters=0,
         torch_random_seed=seed,
     )
@@ -153,5 +166,10 @@ def _run(model: Any, manager: Any, name: str, settings: SamplingSettings, index:
             if isinstance(row[metric], numbers.Number):  # IFEval also gives one verdict per instruction
                 key = metric if len(filters) == 1 else f"{metric} ({row['filter']})"
                 values.setdefault(key, []).append(float(row[metric]))
-    completions = [row["resps"][0][0] for row in rows if row["filter"] == filters[0]]
-    return {"values": values, "completions": completions}
+    rows = [row for row in rows if row["filter"] == filters[0]]
+    return {
+        "values": values,
+        "questions": [row["arguments"][0][0] for row in rows],
+        "completions": [row["resps"][0][0] for row in rows],
+        "parsed": [row["filtered_resps"][0] for row in rows],
+    }

@@ -14,6 +14,8 @@ each averaged over questions, with the normal interval of that mean: mean +- 1.9
 
 import hashlib
 import json
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from .adapters import load_tokenizer
 from .estimates import pass_at_k, summarise
-from .samples import ENGINES, SamplesFile, SamplingSettings, encode_prompts, load_tokenizer, sample
+from .samples import ENGINES, SamplesFile, SamplingSettings, as_applied, encode_prompts, sample
 
 QUESTION_FIELDS = ("question", "problem", "prompt")
 ANSWER_FIELDS = ("answer", "solution")
@@ -77,15 +80,32 @@ class Grader:
         from math_verify import parse
 
         text = answer.rsplit("####", 1)[-1].strip()
-        forms = [text] if "\\boxed" in text or "$" in text else [f"\\boxed{{{text}}}", text]
-        self._gold = next((parsed for form in forms if (parsed := parse(form))), None)
-        if self._gold is None:
-            raise ValueError(f"math-verify cannot read the answer {answer!r}; give a number or a LaTeX expression.")
+        bare = "\\boxed" not in text and "$" not in text
+        forms = [f"\\boxed{{{text}}}", text] if bare else [text]
+        self._gold = next((parsed for form in forms if (parsed := parse(form))), [])
+        remedy = "give a number or a LaTeX expression, with words in \\text{...}."
+        if not self._gold or isinstance(self._gold[0], str):
+            raise ValueError(f"math-verify cannot read the answer {answer!r}; {remedy}")
+        if bare and _is_spelled(text, self._gold[0]):
+            raise ValueError(
+                f"math-verify cannot read the answer {answer!r} other than as the product {self._gold[0]}; {remedy}"
+            )
 
     def __call__(self, completion: str) -> int:
+        return self.grade(completion)[0]
+
+    def grade(self, completion: str) -> tuple[int, str | None]:
+        """The verdict, and what was read as the answer of a completion; `None` where there was nothing to read."""
         from math_verify import parse, verify
 
-        return int(verify(self._gold, parse(completion)))
+        parsed = parse(completion)
+        return int(verify(self._gold, parsed)), str(parsed[0]) if parsed else None
+
+
+def _is_spelled(text: str, parsed: Any) -> bool:
+    """Whether a word was read as a product of its letters."""
+    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{3,}", re.sub(r"\\(?:text|mathrm|operatorname)\*?{[^}]*}", "", text))
+    return bool(words) and len(getattr(parsed, "free_symbols", ())) > 1
 
 
 # ----- the whole -----------------------------------------------------------------------------------------------------
@@ -109,7 +129,8 @@ def evaluate(
         engine_arguments: passed on to vLLM's `LLM` or transformers' `from_pretrained`.
 
     Returns:
-        A JSON-ready dict: `settings`, `questions`, `cut` (share of completions that reached `max_new_tokens`) and
+        A JSON-ready dict: `settings` (`chat_template` says whether one was applied), `questions`, `cut` (share of
+        completions that reached `max_new_tokens`), `unread` (share in which math-verify found no answer) and
         `metrics`, a list of `Estimate` as dicts.
     """
     from tqdm.auto import tqdm
@@ -117,21 +138,37 @@ def evaluate(
     for k in ks:
         pass_at_k(settings.num_samples, 0, k)
     questions = read_questions(data)
-    graders = [Grader(question.answer) for question in questions]  # an unreadable answer is found before sampling
+    graders = []
+    for number, question in enumerate(questions, start=1):  # an unreadable answer is found before sampling
+        try:
+            graders.append(Grader(question.answer))
+        except ValueError as error:
+            raise ValueError(f"{data}, question {number}: {error}") from error
+    settings = as_applied(settings)
     fingerprint = {**asdict(settings), "data_sha256": hashlib.sha256(Path(data).read_bytes()).hexdigest()}
     records = SamplesFile(samples, fingerprint)
     prompt_ids = encode_prompts(settings, [question.prompt for question in questions])
     missing = {index: ids for index, ids in enumerate(prompt_ids) if index not in records}
     if missing:
         longest = max(map(len, prompt_ids)) + settings.max_new_tokens
+        tqdm.write(f"Loading {settings.model} with {settings.engine}", file=sys.stderr)
         engine = ENGINES[settings.engine](settings, longest, engine_arguments or {})
         decode = load_tokenizer(settings.model).batch_decode
         progress = tqdm(desc="Evaluating", unit="question", total=len(questions), initial=len(records))
         for index, token_ids in sample(settings, missing, engine):
             completions = decode(token_ids, skip_special_tokens=True)
-            correct = [graders[index](completion) for completion in completions]
-            record = {"index": index, "answer": questions[index].answer, "completions": completions}
-            records.append({**record, "tokens": [len(ids) for ids in token_ids], "correct": correct})
+            verdicts = [graders[index].grade(completion) for completion in completions]
+            records.append(
+                {
+                    "index": index,
+                    "question": questions[index].prompt,
+                    "answer": questions[index].answer,
+                    "completions": completions,
+                    "tokens": [len(ids) for ids in token_ids],
+                    "parsed": [parsed for _, parsed in verdicts],
+                    "correct": [correct for correct, _ in verdicts],
+                }
+            )
             progress.update()
         progress.close()
     rows = [records[index] for index in range(len(questions))]
@@ -140,5 +177,6 @@ def evaluate(
         "settings": fingerprint,
         "questions": len(questions),
         "cut": float((lengths >= settings.max_new_tokens).mean()),
+        "unread": float(np.mean([[parsed is None for parsed in row["parsed"]] for row in rows])),
         "metrics": [asdict(each) for each in summarise([row["correct"] for row in rows], ks)],
     }

@@ -4,14 +4,16 @@ What a question is given depends on the settings and its own number alone, not o
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..engines.base import RolloutEngine, RolloutRequest
+from .adapters import base_of, load_tokenizer, rank_of
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,53 @@ class SamplingSettings:
 
 
 def _start_vllm(settings: SamplingSettings, longest: int, arguments: dict[str, Any]) -> RolloutEngine:
-    from vllm import LLM
+    # In this process, so that an error is the cause itself and not that another process has died.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    try:
+        from vllm import LLM
+        from vllm.lora.request import LoRARequest
+    except ImportError as error:
+        raise ImportError(
+            f"vLLM cannot be imported ({error}). Install it with: pip install '.[vllm]' in a copy of the repository; "
+            "or choose --engine transformers."
+        ) from error
 
     from ..engines.vllm import VLLMEngine
     from ..engines.vllm_cpu import runs_on_cpu
 
+    share = arguments.get("gpu_memory_utilization")
+    if share is None:
+        share = free_share(on_cpu=runs_on_cpu(), gpus=arguments.get("tensor_parallel_size", 1))
+    arguments = {**arguments, "gpu_memory_utilization": share}
+    base, adapter = base_of(settings.model), None
+    if base is not None:
+        adapter = LoRARequest("adapter", 1, settings.model)
+        arguments |= {"enable_lora": True, "max_lora_rank": rank_of(settings.model)}
     if runs_on_cpu():  # it cannot take back a seeded sample after one part of a prompt
         parts = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(2048, longest)}
         arguments = {**arguments, **parts}
     sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
-    return VLLMEngine(LLM(model=settings.model, max_model_len=longest, **arguments), sampling)
+    try:
+        llm = LLM(model=base or settings.model, max_model_len=longest, **arguments)
+    except Exception as error:
+        raise RuntimeError(
+            f"vLLM does not start with {settings.model!r}: {type(error).__name__}: {error} It was given {share:.2f} "
+            "of the memory: --gpu_memory_utilization sets another share; --engine transformers does without vLLM."
+        ) from error
+    return VLLMEngine(llm, sampling, lora_request=adapter)
+
+
+def free_share(on_cpu: bool, gpus: int = 1) -> float:
+    """Share of the whole memory that is safe to take beside what else is running: most of what is free now."""
+    if on_cpu:
+        import psutil
+
+        memory = psutil.virtual_memory()
+        return 0.5 * memory.available / memory.total  # the rest is for whoever needs it next
+    import torch
+
+    return min(0.9 * free / total for free, total in map(torch.cuda.mem_get_info, range(gpus)))
 
 
 def _start_transformers(settings: SamplingSettings, longest: int, arguments: dict[str, Any]) -> RolloutEngine:
@@ -118,16 +157,10 @@ def seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def load_tokenizer(model: str):
-    """The tokenizer of a model, which is small: the first to find out that there is no such model."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"The tokenizer of {model!r} cannot be loaded; is it a folder or a Hub name? {error}"
-        ) from error
+def as_applied(settings: SamplingSettings) -> SamplingSettings:
+    """The settings with `chat_template` as it is: whether one is asked for and the tokenizer has one."""
+    used = settings.chat_template and load_tokenizer(settings.model).chat_template is not None
+    return replace(settings, chat_template=used)
 
 
 def encode_prompts(settings: SamplingSettings, questions: Sequence[str | list[dict[str, str]]]) -> list[list[int]]:
@@ -135,10 +168,9 @@ def encode_prompts(settings: SamplingSettings, questions: Sequence[str | list[di
     from transformers import AutoConfig
 
     tokenizer = load_tokenizer(settings.model)
-    chat = settings.chat_template and tokenizer.chat_template is not None
     prompt_ids = []
     for question in questions:
-        if chat:
+        if settings.chat_template:
             is_text = isinstance(question, str)
             messages = [{"role": "user", "content": question}] if is_text else question
             prompt_ids.append(
@@ -148,14 +180,13 @@ def encode_prompts(settings: SamplingSettings, questions: Sequence[str | list[di
             prompt_ids.append(tokenizer(question)["input_ids"])
         else:
             raise ValueError("The questions are chat messages, which need a chat template; this run applies none.")
-    if not Path(settings.model, "adapter_config.json").is_file():  # an adapter has no context of its own
-        config = AutoConfig.from_pretrained(settings.model).get_text_config()
-        context, longest = getattr(config, "max_position_embeddings", None), max(map(len, prompt_ids))
-        if context is not None and longest + settings.max_new_tokens > context:
-            raise ValueError(
-                f"The longest question has {longest} tokens and `max_new_tokens` is {settings.max_new_tokens}, but "
-                f"the model's context holds {context}. Lower `max_new_tokens` to at most {context - longest}."
-            )
+    config = AutoConfig.from_pretrained(base_of(settings.model) or settings.model).get_text_config()
+    context, longest = getattr(config, "max_position_embeddings", None), max(map(len, prompt_ids))
+    if context is not None and longest + settings.max_new_tokens > context:
+        raise ValueError(
+            f"The longest question has {longest} tokens and `max_new_tokens` is {settings.max_new_tokens}, but "
+            f"the model's context holds {context}. Lower `max_new_tokens` to at most {context - longest}."
+        )
     return prompt_ids
 
 

@@ -6,14 +6,17 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from accelerate.utils import get_int_from_env
+from datasets import Dataset
 from packaging.version import Version
 from torch import nn
 from transformers.utils import logging
 from trl import GRPOConfig
+from trl.data_utils import is_conversational
 from trl.distributed import DistributedBackend
 
 from ..advantages import ADVANTAGES
 from ..branching import STRATEGIES, uses_rewards
+from .reward_checks import REWARD_ARGUMENTS, check_arguments, check_messages
 
 logger = logging.get_logger(__name__)
 
@@ -50,7 +53,7 @@ DIFFERENT_PROMPTS = (
 
 def refuse_unsupported(
     model: Any,
-    reward_funcs: Any,
+    reward_funcs: list[Any],
     args: GRPOConfig,
     train_dataset: Any,
     eval_dataset: Any,
@@ -69,11 +72,11 @@ def refuse_unsupported(
             "budget. Leave it off, or set `use_vllm=True`."
         )
     _check_model(model, args, processing_class, kwargs)
-    if reward_funcs or not kwargs.get("environment_factory"):  # an environment may have rewards of its own
-        _check_reward_funcs(reward_funcs)
     _check_generation_kwargs(args)
     _check_dataset(train_dataset, args, kwargs.get("environment_factory"))
     _check_columns(train_dataset, eval_dataset, args)
+    environments = kwargs.get("environment_factory") is not None
+    _check_reward_funcs(reward_funcs, train_dataset, eval_dataset, args, environments)
     if args.use_vllm:
         _check_vllm_arguments(args)
         check_server_address(args)
@@ -81,6 +84,11 @@ def refuse_unsupported(
 
 
 def _check_vllm_arguments(args: GRPOConfig) -> None:
+    if args.vllm_mode not in ("colocate", "server"):
+        raise ValueError(
+            f"`vllm_mode` is {args.vllm_mode!r}; it must be 'colocate' (an engine in each process) or 'server' (one "
+            "that was started with `trl vllm-serve`)."
+        )
     if args.vllm_tensor_parallel_size > 1:
         raise ValueError(
             f"`vllm_tensor_parallel_size` is {args.vllm_tensor_parallel_size}, which is not supported: the "
@@ -95,7 +103,9 @@ def _check_vllm_arguments(args: GRPOConfig) -> None:
         )
 
 
-# Options of `generation_kwargs` that a tree sets itself,
+# Options of `generation_kwargs` that end a completion otherwise than the model does,
+OWN_STOPS = {"stop", "stop_token_ids", "eos_token_id"}
+# those that a tree sets itself,
 SET_BY_TREE = ("n", "logprobs", "seed", "max_tokens", "max_new_tokens", "max_length")
 # and those that count from where a request starts, which is in the middle of a completion where it is a branch.
 COUNTED_FROM_START = (
@@ -118,6 +128,12 @@ def _check_generation_kwargs(args: GRPOConfig) -> None:
             f"`generation_kwargs` sets `stop_strings` to {generation_kwargs['stop_strings']!r}, for which "
             "transformers needs a tokenizer that TRL does not give it. Leave it out, or generate with vLLM: "
             "`use_vllm=True` and `generation_kwargs={'stop': ...}`."
+        )
+    if args.mask_truncated_completions and generation_kwargs.keys() & OWN_STOPS:
+        raise ValueError(
+            "`mask_truncated_completions` is True, but TRL takes every completion without the tokenizer's `eos_token` "
+            f"for truncated, so it would mask all those that `generation_kwargs` ({generation_kwargs}) ends. Leave "
+            "`mask_truncated_completions` out, or let completions end with the `eos_token`."
         )
     if not args.branches:
         return
@@ -245,21 +261,20 @@ def _check_path(name: str, value: str) -> None:
         )
 
 
-def _check_reward_funcs(reward_funcs: Any) -> None:
-    reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-    if reward_funcs in ([], [None]):
-        raise ValueError(
-            "`reward_funcs` is empty, but trees branch and learn by rewards. Give a function that returns one number "
-            "per completion, for example `trl.rewards.accuracy_reward`, or a list of several."
-        )
+def _check_reward_funcs(
+    reward_funcs: list[Any], train_dataset: Any, eval_dataset: Any, args: GRPOConfig, environments: bool
+) -> None:
     for reward_func in reward_funcs:
         if isinstance(reward_func, str):
             _check_path("reward_funcs", reward_func)
-        elif not callable(reward_func):
-            raise TypeError(
-                f"`reward_funcs` holds {reward_func!r}, which cannot be called. Give a function, a model, the name of "
-                "a sequence-classification model, or a list of these."
-            )
+    datasets = [("train_dataset", train_dataset)]
+    if args.eval_strategy != "no" and eval_dataset is not None:
+        several = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        datasets += [("eval_dataset", each) for each in several]
+    for name, dataset in datasets:
+        columns = getattr(dataset, "column_names", None)
+        check_arguments(reward_funcs, columns, name, args.remove_unused_columns, environments)
+        check_messages(reward_funcs, (first_row(dataset) or {}).get("prompt"))
 
 
 def _check_dataset(dataset: Any, args: GRPOConfig, environment_factory: Any) -> None:
@@ -267,6 +282,18 @@ def _check_dataset(dataset: Any, args: GRPOConfig, environment_factory: Any) -> 
         return  # TRL makes rows of its own
     if dataset is None:
         raise ValueError("`train_dataset` is required; it must have a column 'prompt'.")
+    if isinstance(dataset, str):
+        raise TypeError(
+            f"`train_dataset` is {dataset!r}; it must be a dataset, not its name. Load it, for example "
+            "`load_dataset('json', data_files='questions.jsonl', split='train')`."
+        )
+    if isinstance(dataset, dict):
+        splits = list(dataset)
+        raise ValueError(
+            f"`train_dataset` is a {type(dataset).__name__} with the splits {', '.join(map(str, splits)) or 'none'}. "
+            f"Give one of them, for example `dataset[{(splits or ['train'])[0]!r}]`, or load one: "
+            f"`load_dataset(..., split={(splits or ['train'])[0]!r})`."
+        )
     columns = getattr(dataset, "column_names", None)
     if columns is not None and "prompt" not in columns and not environment_factory:
         raise ValueError(
@@ -284,18 +311,6 @@ def _check_dataset(dataset: Any, args: GRPOConfig, environment_factory: Any) -> 
             "no batch could be filled. Give more rows, or lower `per_device_train_batch_size` or "
             "`steps_per_generation`."
         )
-
-
-# What the trainer gives to reward functions under names of its own, beside the columns of the dataset.
-REWARD_ARGUMENTS = {
-    "prompts",
-    "completions",
-    "completion_ids",
-    "trainer_state",
-    "log_extra",
-    "log_metric",
-    "environments",
-}
 
 
 def _check_columns(train_dataset: Any, eval_dataset: Any, args: GRPOConfig) -> None:
@@ -350,6 +365,21 @@ def check_rows(rows: list[dict[str, Any]], tools: Sequence[Any] = (), environmen
 
 def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and {"role", "content"} <= message.keys()
+
+
+def check_template(tokenizer: Any, row: dict[str, Any] | None) -> None:
+    """Raise where a row holds chat messages that the tokenizer has no template for."""
+    if tokenizer.chat_template is None and row is not None and is_conversational({"prompt": row.get("prompt")}):
+        raise ValueError(
+            f"The column 'prompt' holds chat messages, but the tokenizer ({tokenizer.name_or_path or 'no name'}) has "
+            "no chat template. Set one, `tokenizer.chat_template = ...`, and give the tokenizer as "
+            "`processing_class`; or make the prompts text. docs/base_models.md shows both."
+        )
+
+
+def first_row(dataset: Any) -> dict[str, Any] | None:
+    """The first row of a dataset that can be looked at without consuming it."""
+    return dataset[0] if isinstance(dataset, Dataset) and len(dataset) else None
 
 
 def check_tokenizer(tokenizer: Any) -> None:

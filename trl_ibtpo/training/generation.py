@@ -6,9 +6,7 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from tqdm.auto import tqdm
-from transformers.utils import logging
 from trl.chat_template_utils import parse_response
 from trl.data_utils import is_conversational
 from trl.extras.profiling import profiling_context
@@ -24,10 +22,8 @@ from ..engines.vllm_server import VLLMServerEngine
 from ..growth import GrownTree, TreeGrower, drive
 from . import checks
 from .environments import close
-from .rewards import RewardScorer, describe_scaling
+from .rewards import RewardScorer
 from .tools import ToolHost
-
-logger = logging.get_logger(__name__)
 
 
 class TreeGeneration:
@@ -61,7 +57,7 @@ class TreeGeneration:
             # TRL resets environments and finds the tools of every row on its way to generation; no further.
             super()._generate_and_score_completions(inputs)
         except Grown as grown:
-            self._say_scaling(grown.scorer.rewards[:, self._success_index])
+            self._say_scaling(grown.scorer.rewards)
             return grown.trees
         finally:
             self._growing_alone, self.environments = False, before
@@ -83,15 +79,6 @@ class TreeGeneration:
     def _generate(self, prompts: list) -> tuple:
         self._prompts = prompts  # with what environments answered to `reset`
         return super()._generate(prompts)
-
-    def _say_scaling(self, rewards: np.ndarray) -> None:
-        """Say once how success is made of rewards outside [0, 1], where it matters."""
-        if self._scaling_said:
-            return
-        message = describe_scaling(self.reward_func_names[self._success_index], rewards.astype(float))
-        self._scaling_said = message is not None
-        if message is not None and self.accelerator.is_main_process:
-            logger.warning(message)
 
     def _grow(
         self, inputs: list[dict[str, Any]], prompt_ids: list[list[int]], batch: int = 0
@@ -116,7 +103,9 @@ class TreeGeneration:
             growers = self._plant(prompt_ids, engine, batch)
             drive(growers, engine, scorer, on_rollout=progress.update)
         scorer.warn_of_timeouts()
-        return [grower.grown() for grower in growers], scorer, host
+        grown = [grower.grown() for grower in growers]
+        self._look_for_steps(grown)
+        return grown, scorer, host
 
     def _plant(self, prompt_ids: list[list[int]], engine: RolloutEngine, batch: int) -> list[TreeGrower]:
         """One grower for each run of G equal prompts, whose seeds number the prompts of an optimizer step."""
@@ -136,6 +125,13 @@ class TreeGeneration:
             budget = settings.max_completion_length
             if engine.max_length is not None:
                 budget = check_room(len(rows[0]), budget, engine.max_length)
+            if budget < settings.max_completion_length:
+                self._warn_once(
+                    f"A prompt of {len(rows[0])} tokens leaves {budget} of the {settings.max_completion_length} "
+                    f"tokens of `max_completion_length`, since vLLM's context holds {engine.max_length}. Raise "
+                    "`vllm_max_model_length` to use all of them. Said once.",
+                    about="room",
+                )
             checks.check_prompt(rows[0], self.model)
             share = batch * self.accelerator.num_processes + self.accelerator.process_index
             prompt_index = share * len(prompt_ids) // group + len(growers)
@@ -261,7 +257,7 @@ class TreeGeneration:
             reward_funcs=self.reward_funcs,
             reward_names=self.reward_func_names,
             reward_processing_classes=self.reward_processing_classes,
-            success_index=self._success_index,
+            success=self._success,
             decode=decode,
             shared_arguments={"trainer_state": self.state},
             event_loop=getattr(self, "async_loop", None),
@@ -307,8 +303,8 @@ def sampling_arguments(generation: VLLMGeneration) -> dict[str, Any]:
 def check_room(prompt_length: int, max_completion_length: int, max_length: int) -> int:
     """Completion tokens that fit behind a question.
 
-    vLLM shortens a completion that does not fit without a word; here it is said once. A question that leaves no room
-    at all is an error.
+    vLLM shortens a completion that does not fit without a word; the trainer says so, once. A question that leaves no
+    room at all is an error.
     """
     room = max_length - prompt_length
     if room < 1:
@@ -316,11 +312,5 @@ def check_room(prompt_length: int, max_completion_length: int, max_length: int) 
             f"A prompt has {prompt_length} tokens, but vLLM's context holds {max_length} for prompt and completion "
             f"together. Set `vllm_max_model_length` to at least {prompt_length + max_completion_length} (prompt plus "
             "`max_completion_length`), or drop long prompts from the dataset."
-        )
-    if room < max_completion_length:
-        logger.warning_once(
-            f"A prompt of {prompt_length} tokens leaves {room} of the {max_completion_length} tokens of "
-            f"`max_completion_length`, since vLLM's context holds {max_length}. Raise `vllm_max_model_length` to use "
-            "all of them. Said once."
         )
     return min(room, max_completion_length)

@@ -2,11 +2,14 @@
 
 tree/effective_rate     share of trees whose leaves differ in success (Eff-Rate)
 tree/average_success    mean success of the trajectories (Avg-Rate)
+tree/initial_success    mean success of the initial rollouts alone, which no choice of a branch biases
 tree/generated_tokens   newly sampled tokens per question, shared prefixes once
 tree/trajectory_tokens  tokens of all trajectories per question, shared prefixes once per trajectory
                         (observations, such as results of tools, count here and not among the generated)
 tree/depth              steps per trajectory
 tree/branch_position    share of a branched trajectory that was inherited, 0 at the question
+tree/selected_minus_fresh  success that a step was chosen with, minus that of the rollouts that then continued it
+tree/fresh_minus_fresh     the same between two rollouts that continued it at once: a control, 0 on average
 ib/score                mean IB-Score of the steps with children
 ib/covariance           mean Cov(eta1, eta2) of the steps with at least two children
 ib/confidence           mean step confidence eta2
@@ -28,14 +31,18 @@ import torch
 
 from ..advantages import TokenAdvantages
 from ..growth import GrownTree
+from ..values import selection_differences
 
 MEANS = (
     "tree/effective_rate",
     "tree/average_success",
+    "tree/initial_success",
     "tree/generated_tokens",
     "tree/trajectory_tokens",
     "tree/depth",
     "tree/branch_position",
+    "tree/selected_minus_fresh",
+    "tree/fresh_minus_fresh",
     "ib/score",
     "ib/covariance",
     "ib/confidence",
@@ -55,6 +62,8 @@ class TreeMetrics:
         known = success[~np.isnan(success)]
         self._add("tree/effective_rate", [len(known) > 0 and known.min() < known.max()])
         self._add("tree/average_success", known)
+        initial = success[np.array(tree.rounds) == 0]
+        self._add("tree/initial_success", initial[~np.isnan(initial)])
         self._add("tree/generated_tokens", [tree.generated_tokens])
         self._add("tree/trajectory_tokens", [tree.trajectory_tokens])
         self._add("tree/depth", [len(tree.path(leaf)) for leaf in tree.leaves])
@@ -63,6 +72,9 @@ class TreeMetrics:
             "tree/branch_position",
             [ends[after] / ends[leaf] for after, leaf, round in branched if round > 0],
         )
+        selected, fresh = selection_differences(tree)
+        self._add("tree/selected_minus_fresh", selected)
+        self._add("tree/fresh_minus_fresh", fresh)
         self._add("ib/score", scores.ib_score[scores.children > 0])
         self._add("ib/covariance", scores.covariance[scores.children > 1])
         self._add("ib/confidence", scores.confidence[1:])

@@ -27,36 +27,23 @@ from transformers.utils import logging
 from trl.data_utils import apply_chat_template, is_conversational
 from trl.trainer.utils import is_async_callable
 
-from ..tree import ROUNDING
+from .success import Success
 from .time_limit import TimeLimitExceeded, call_within, can_interrupt
 
 logger = logging.get_logger(__name__)
 
 
 class RewardFunctionError(RuntimeError):
-    """A reward function raised or returned something that is not one number (or None) per completion."""
+    """A reward function raised or returned something that is not one number (or None) per completion.
 
+    Args:
+        message: what is wrong.
+        details: lines that end the text of the error, such as a traceback.
+    """
 
-def out_of_range(rewards: np.ndarray) -> np.ndarray:
-    """Which of them are outside [0, 1] by more than rounding; NaN is not."""
-    return np.abs(rewards - 0.5) > 0.5 + ROUNDING
-
-
-def describe_scaling(name: str, rewards: np.ndarray) -> str | None:
-    """What a user should know where the values of the function that names success are not all in [0, 1]."""
-    outside = rewards[out_of_range(rewards)]
-    if not len(outside):
-        return None
-    low, high = np.nanmin(rewards), np.nanmax(rewards)
-    if low == high:
-        low, high = min(low, 0), max(high, 1)
-    shown, low, high = (float(f"{value:.4g}") for value in (outside[0], low, high))
-    return (
-        f"The reward function '{name}' returned {shown}, outside [0, 1]. Trees with such a value scale their rewards "
-        "from their own lowest to their own highest, to know which steps to branch and to favour: success then says "
-        "which completion of a question is better, not how good it is. "
-        f"`success_range=({low}, {high})` would fix the scale; it fits what was seen so far. Said once."
-    )
+    def __init__(self, message: str, details: str = ""):
+        super().__init__(message + details)
+        self.details = details
 
 
 @dataclass
@@ -79,7 +66,7 @@ class RewardScorer:
         failed_rows: says of which leaves the environment is broken: no function sees these, they have no reward.
         leaves_per_tree: G.
         reward_funcs, reward_names, reward_processing_classes: as in TRL's trainer.
-        success_index: the reward function that says how right a leaf is.
+        success: how right a leaf is, out of its rewards.
         decode: completion token ids (one list per leaf) and their rows to completions as TRL passes them on.
         shared_arguments: arguments that do not depend on rows (`trainer_state`).
         event_loop: where asynchronous functions run; needed only if there are any.
@@ -101,7 +88,7 @@ class RewardScorer:
         reward_funcs: Sequence[Callable | nn.Module],
         reward_names: Sequence[str],
         reward_processing_classes: Sequence[Any],
-        success_index: int,
+        success: Success,
         decode: Callable[[list[list[int]], list[int]], list],
         shared_arguments: dict[str, Any],
         event_loop: asyncio.AbstractEventLoop | None,
@@ -122,7 +109,7 @@ class RewardScorer:
         self._reward_funcs = reward_funcs
         self._reward_names = reward_names
         self._reward_processing_classes = reward_processing_classes
-        self._success_index = success_index
+        self._success = success
         self._decode = decode
         self._shared_arguments = shared_arguments
         self._event_loop = event_loop
@@ -187,7 +174,7 @@ class RewardScorer:
             futures = [future for call in self._calls for future in call.pending]
             self._wait(futures)
         rows = [row for call in complete for row in call.rows]
-        values = self.rewards[rows, self._success_index].tolist()
+        values = self._success.values(self.rewards[rows]).tolist()
         return [(*divmod(row, self._leaves_per_tree), value) for row, value in zip(rows, values, strict=True)]
 
     def warn_of_timeouts(self) -> None:
@@ -244,8 +231,8 @@ class RewardScorer:
             raise RewardFunctionError(
                 f"The reward function '{name}' raised {type(error).__name__}: {error}\n"
                 f"while scoring {len(call.rows)} completions, the first for the prompt "
-                f"{call.arguments['prompts'][0]!r}.\n"
-                f"Original traceback:\n{''.join(traceback.format_exception(error))}"
+                f"{call.arguments['prompts'][0]!r}.{_hint(error, call.arguments['completions'][0])}\n",
+                details=f"Original traceback:\n{''.join(traceback.format_exception(error))}",
             ) from error
         try:
             if isinstance(values, (str, dict)):  # iterable, but not over rewards
@@ -294,6 +281,15 @@ class RewardScorer:
             raise ValueError(f"log_extra('{column}') got {len(values)} values for {len(rows)} completions.")
         for row, value in zip(rows, values, strict=True):
             cells[row] = value
+
+
+def _hint(error: Exception, completion: Any) -> str:
+    """For the commonest mistake of all: a function written for chat messages or for text gets the other."""
+    if not isinstance(error, (TypeError, AttributeError)):
+        return ""
+    if isinstance(completion, str):
+        return " Completions are text here, since prompts are: `completion`, not `completion[0]['content']`."
+    return " Completions are lists of messages here, since prompts are: `completion[0]['content']` is the text."
 
 
 async def _await(func: Callable, arguments: dict[str, Any], timeout: float | None) -> Sequence[float | None]:

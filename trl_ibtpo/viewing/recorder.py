@@ -30,7 +30,7 @@ from .trackers import show_in_trackers
 
 logger = logging.get_logger(__name__)
 
-SAMPLING = ("success_reward", "temperature", "top_p", "top_k")  # fields of the config that a record keeps as well
+SAMPLING = ("temperature", "top_p", "top_k")  # fields of the config that a record keeps as well
 
 
 class TreeLog(TrainerCallback):
@@ -103,7 +103,7 @@ class TreeLog(TrainerCallback):
             method["branching"] = getattr(strategy, "__name__", type(strategy).__name__)
         if advantage is not ADVANTAGES[args.advantage]:
             method["advantage"] = getattr(advantage, "__name__", type(advantage).__name__)
-        return {**method, "uses_rewards": uses_rewards(strategy)}
+        return {**method, "success_reward": str(self.trainer._success), "uses_rewards": uses_rewards(strategy)}
 
     def write(self, records: Sequence[Record], step: int, batch: int = 0) -> None:
         """All records or none: a file has its name only when it is complete."""

@@ -1,0 +1,64 @@
+"""Adapters of peft: a folder or a Hub repository that holds what was trained on top of another model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def base_of(model: str) -> str | None:
+    """The model that an adapter was trained on; `None` where `model` is a model itself."""
+    settings = _settings_of(model)
+    return None if settings is None else settings["base_model_name_or_path"]
+
+
+def rank_of(model: str) -> int:
+    """The largest rank in an adapter."""
+    settings = _settings_of(model)
+    return max([settings["r"], *(settings.get("rank_pattern") or {}).values()])
+
+
+def _settings_of(model: str) -> dict[str, Any] | None:
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    found = find_adapter_config_file(model)
+    return None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a model or an adapter, which is small: the first to find out that there is no such model."""
+    from transformers import AutoTokenizer
+
+    try:
+        try:
+            return AutoTokenizer.from_pretrained(model)
+        except (OSError, ValueError):
+            base = base_of(model)  # an adapter may have been saved without it
+            if base is None:
+                raise
+            return AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The tokenizer of {model!r} cannot be loaded; is it a folder or a Hub name? {error}"
+        ) from error
+
+
+def merged(model: str, base: str, **arguments: Any) -> Any:
+    """The model that an adapter makes of its base.
+
+    Raises:
+        ImportError: peft is missing.
+        ValueError: the base is not there.
+    """
+    try:
+        from peft import AutoPeftModelForCausalLM
+    except ImportError as error:
+        raise ImportError(
+            f"{model!r} is an adapter, for which peft is needed ({error}). Install it with: pip install peft."
+        ) from error
+    try:
+        return AutoPeftModelForCausalLM.from_pretrained(model, **arguments).merge_and_unload()
+    except OSError as error:
+        raise ValueError(
+            f"{model!r} is an adapter of {base!r}, which cannot be loaded ({error}). Put the base where "
+            "adapter_config.json says, or merge the adapter where the base is: docs/serving.md."
+        ) from error

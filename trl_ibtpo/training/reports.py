@@ -1,0 +1,141 @@
+"""What a trainer says of its trees beside the metrics: warnings given once, the table of completions, the bar."""
+
+import textwrap
+from functools import partial
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from transformers.utils import logging
+
+from ..growth import GrownTree
+from .checks import OWN_STOPS
+from .completions_table import COLUMNS, columns_of, mark_steps
+from .progress import show_trees
+from .rewards import RewardScorer
+from .step_check import FEW, describe_missing_steps
+from .success import Success, SuccessWatch, describe_scaling
+
+logger = logging.get_logger(__name__)
+
+
+class TreeReports:
+    """For a `GRPOTrainer` with an `IBTPOConfig`."""
+
+    _success: Success
+    _success_steers: bool  # whether success decides where trees branch, or what their steps are worth
+    _grown: list[GrownTree]  # of the generation batch being made; none in evaluation
+
+    def _start_reports(self) -> None:
+        self._success_watch = SuccessWatch()
+        self._said: set[str] = set()  # what was warned of, of warnings that are given once
+        self._trees_in_log = 0  # trees, over all processes, that the log step being written covers
+        show_trees(self.callback_handler, lambda: self._trees_in_log)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        batches = len(self._metrics["train"].get("tree/effective_rate", ())) if self.model.training else 0
+        self._trees_in_log = batches * self.args.generation_batch_size // self.num_generations
+        super().log(logs, start_time)
+
+    # ----- warnings --------------------------------------------------------------------------------------------------
+
+    def _warn_once(self, message: str | None, about: str) -> None:
+        """Warn on the main process, unless there is nothing to say or it was said before."""
+        if message is not None and about not in self._said and self.accelerator.is_main_process:
+            self._said.add(about)
+            logger.warning(message)
+
+    def _look_for_steps(self, grown: list[GrownTree]) -> None:
+        """Warn, once, where there is nothing to branch."""
+        if not self.args.branches or "steps" in self._said:
+            return
+        leaves = [(each.tree, leaf) for each in grown for leaf in range(len(each.tree.leaves))]
+        with_steps = sum(len(tree.path(tree.leaves[leaf])) > 1 for tree, leaf in leaves)
+        if with_steps <= FEW * len(leaves):
+            texts = self._tokenizer.batch_decode(
+                [tree.trajectory(leaf)[0] for tree, leaf in leaves], skip_special_tokens=True
+            )
+            self._warn_once(describe_missing_steps(texts, with_steps, self.args.step_delimiters), about="steps")
+
+    def _say_scaling(self, rewards_LF: np.ndarray) -> None:
+        """Warn, once, how success is made of rewards outside [0, 1], where it matters."""
+        if self._success_steers and self._success.scales and "scaling" not in self._said:
+            message = describe_scaling(self._success.source, self._success.values(rewards_LF))
+            self._warn_once(message, about="scaling")
+
+    def _look_at_rewards(self, rewards_LF: np.ndarray, prompts: list) -> None:
+        """Warn, once each, of rewards that cannot teach what they should; `(L, F)` over all processes."""
+        unrewarded = np.isnan(rewards_LF).all(axis=1)
+        if unrewarded.any():
+            self._warn_once(
+                f"All reward functions returned None (or NaN) for {unrewarded.sum()} of {len(rewards_LF)} completions "
+                "of this batch, which teach nothing. A prompt of this batch: "
+                f"{textwrap.shorten(repr(prompts[0]), 120)}. Said once.",
+                about="no reward",
+            )
+        self._say_scaling(rewards_LF)
+        if self._success_steers:
+            message = self._success_watch.add(self._success, rewards_LF, self.num_generations)
+            self._warn_once(message, about="constant success")
+
+    # ----- the table of completions, and lengths ---------------------------------------------------------------------
+
+    def _log_tree_columns(self, count: int) -> None:
+        """What the completions table says about trees; nothing in evaluation, where the same table is filled."""
+        if not self.args.log_completions:
+            return
+        columns = {}
+        if self.model.training:
+            columns = columns_of(self._grown, first_tree=self.accelerator.process_index * len(self._grown))
+        for column in COLUMNS:  # the advantages of steps come later
+            self._log_completion_extra(column, columns.get(column, [None] * count))
+
+    def _recount_clipped(self, completion_ids: list[list[int]]) -> None:
+        """TRL takes a completion without a stop token for cut; one that a stop text of the user's ended is whole."""
+        if not OWN_STOPS & (self.args.generation_kwargs or {}).keys():
+            return
+        budgets = [each.settings.max_completion_length for each in self._grown for _ in range(self.num_generations)]
+        budgets = budgets or [self.max_completion_length] * len(completion_ids)
+        cut = [
+            len(ids) >= budget and ids[-1] not in self.eos_token_ids
+            for ids, budget in zip(completion_ids, budgets, strict=True)
+        ]
+        lengths = torch.tensor([len(ids) for ids in completion_ids], dtype=torch.float32)
+        both = torch.stack([lengths, torch.tensor(cut, dtype=torch.float32)]).T.to(self.accelerator.device)
+        lengths, cut = self.accelerator.gather(both).T
+        whole = lengths[cut == 0] if (cut == 0).any() else torch.zeros(1)
+        figures = {"clipped_ratio": cut.mean(), "mean_terminated_length": whole.mean()}
+        figures |= {"min_terminated_length": whole.min(), "max_terminated_length": whole.max()}
+        for name, value in figures.items():
+            self._metrics["train" if self.model.training else "eval"][f"completions/{name}"][-1] = value.item()
+
+    def _log_timeouts(self, scorer: RewardScorer) -> None:
+        """Completions that each function left unscored, over all processes; a collective call where a limit is set."""
+        if self.args.reward_timeout is None:
+            return
+        local = torch.tensor(scorer.timed_out.sum(axis=0), dtype=torch.float32, device=self.accelerator.device)
+        mode = "train" if self.model.training else "eval"
+        counts = self.accelerator.reduce(local, reduction="sum").tolist()
+        for name, func, count in zip(self.reward_func_names, self.reward_funcs, counts, strict=True):
+            if not isinstance(func, torch.nn.Module):
+                self._metrics[mode][f"rewards/{name}/timeouts"].append(count)
+
+    def _rewrite_logged_advantages(self, per_token: np.ndarray) -> None:
+        """The completions table shows the mean over the tokens of a trajectory, and the advantage of every step."""
+        sampled = [grown.tree.sampled(leaf) for grown in self._grown for leaf in range(self.num_generations)]
+        means = gather_object(
+            [float(row[: len(mask)][mask].mean()) for row, mask in zip(per_token, sampled, strict=True)]
+        )
+        for _ in means:
+            self._logs["advantages"].pop()
+        self._logs["advantages"].extend(means)
+        if self.args.log_completions:
+            decode = partial(self._tokenizer.decode, skip_special_tokens=True)
+            places = [(grown, leaf) for grown in self._grown for leaf in range(self.num_generations)]
+            marked = gather_object(
+                [mark_steps(*place, row, decode) for place, row in zip(places, per_token, strict=True)]
+            )
+            column = self._logs["extra"]["step_advantages"]
+            for _ in marked:
+                column.pop()
+            column.extend(marked)
