@@ -65,6 +65,15 @@ class RecordingTrainer(IBTPOTrainer):
         super()._set_step_advantages(output)
 
 
+class UnevenTrainer(IBTPOTrainer):
+    """Keeps what this process makes of trees that differ in size."""
+
+    def _set_step_advantages(self, output):
+        advantages = output["advantages"].tolist()
+        self.seen.append({"sizes": self._sizes, "rewards": self._scorer.rewards.tolist(), "advantages": advantages})
+        super()._set_step_advantages(output)
+
+
 class KilledTrainer(RecordingTrainer):
     """Its second process dies while the second checkpoint is written."""
 
@@ -169,6 +178,18 @@ def zero(model_path: str, output_dir: str, stage: int) -> dict:
     return resumed(model_path, output_dir, use_cpu=False, ddp_backend="gloo")
 
 
+def some_hopeless(completions, letter, **kwargs) -> list[float]:
+    """Questions with an "a" or an "e" have no right answer."""
+    even = tiny.even_length(completions)
+    return [0.0 if vowel in "ae" else value for vowel, value in zip(letter, even, strict=True)]
+
+
+UNEVEN = {
+    "adaptive_budget": 1,
+    "scale_rewards": "batch",
+    "per_device_train_batch_size": 3 * LEAVES,
+    "max_steps": 2,
+}
 KILLED = {"reward": tiny.even_length, "max_steps": 4, "prepare": use_fsdp2, **SAVING}
 
 
@@ -200,6 +221,7 @@ def scenarios(model_path: str, out: Path) -> dict:
         "token_mean": lambda: ibtpo(model_path, output_dir, tiny.even_length, max_steps=5, loss_type="dapo"),
         "slow": lambda: ibtpo(model_path, output_dir, slow_on_one_rank_uniform_on_the_other, max_steps=3),
         "resumed": lambda: resumed(model_path, output_dir),
+        "uneven": lambda: ibtpo(model_path, output_dir, some_hopeless, trainer_class=UnevenTrainer, **UNEVEN),
         "refused": lambda: refused(model_path, output_dir),  # after `resumed`, whose checkpoints the first one finds
         "straight": lambda: ibtpo(model_path, output_dir, tiny.even_length, max_steps=4, lr_scheduler_type="constant"),
         **{f"grpo_{name}": lambda name=name: grpo(model_path, output_dir, name) for name in LOSS_TYPES},

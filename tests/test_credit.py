@@ -1,5 +1,9 @@
 """What TRL's loss makes of the weights and terms that this package adds, on batches with known log-probabilities."""
 
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny
@@ -266,3 +270,15 @@ def test_plain_grpo_has_the_diagnostics_of_trees(config, model_path):
         assert entry["ib/score"] < 0 and np.isfinite(entry["ib/covariance"]) and 0 < entry["ib/confidence"] < 1
         assert entry["tree/effective_rate"] == 1 and entry["tree/generated_tokens"] == entry["tree/trajectory_tokens"]
         assert entry["tree/selected_minus_fresh"] is None  # nothing is chosen
+
+
+def test_the_fields_of_spo_and_ibro_train(config, model_path):
+    """As docs/methods.md gives them."""
+    page = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
+    for method in ("SPO-tree", "IBRO"):
+        (fields,) = re.findall(rf"^\| {method} \| `(\{{.*\}})` \|$", page, flags=re.MULTILINE)
+        trainer = IBTPOTrainer(
+            model_path, tiny.even_length, config(max_steps=1, **json.loads(fields)), tiny.questions()
+        )
+        trainer.train()
+        assert np.isfinite(trainer.state.log_history[0]["loss"])

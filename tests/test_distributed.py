@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
+from test_budget import by_definition
 from transformers import Qwen3ForCausalLM
 from trl.distributed import DistributedBackend
 
@@ -57,7 +58,7 @@ def runs(model_path, tmp_path_factory):
     The first two processes end with `killed`; other two go on from what they left.
     """
     out = tmp_path_factory.mktemp("two")
-    both = [*SCENARIOS, "refused", *SHARDED]
+    both = [*SCENARIOS, "uneven", "refused", *SHARDED]
     processes = start(model_path, out, *both, "killed")
     try:
         made = distributed_run.scenarios(model_path, tmp_path_factory.mktemp("one"))
@@ -142,6 +143,20 @@ def test_tree_metrics_cover_both_processes(runs):
         assert len(logged) == 11
         assert logged == pytest.approx({name: one["log"][step][name] for name in logged}, abs=1e-4)
     assert len({entry["tree/generated_tokens"] for entry in two[0]["log"]}) > 1
+
+
+def test_uneven_trees_fill_each_process_and_have_their_own_statistics(runs):
+    """Trees of a process share its rows out among themselves; the deviation of the batch is that of both."""
+    _, two = runs["uneven"]
+    for step in range(2):
+        seen = [outcome["trees"][step] for outcome in two]
+        assert [sum(each["sizes"]) for each in seen] == [3 * distributed_run.LEAVES] * 2
+        sizes, rewards, advantages = ([row for each in seen for row in each[key]] for key in seen[0])
+        expected, is_zero = by_definition(rewards, sizes, [1.0], "batch")
+        np.testing.assert_allclose(advantages, expected, atol=1e-5)
+        assert two[0]["log"][step]["frac_reward_zero_std"] == is_zero.mean() == 0
+        assert two[0]["log"][step]["tree/leaves_std"] == pytest.approx(np.std(sizes), rel=1e-5)
+    assert any(len(set(each["sizes"])) > 1 for outcome in two for each in outcome["trees"])
 
 
 def test_resumed_processes_continue_exactly(runs):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from test_advantages import by_step, graded
 from test_scores import NAN, build, trees
 
+from benchmarks import credit
 from trl_ibtpo.advantages import ADVANTAGES, GradedTree, StepAdvantages, token_advantages, whiten
 from trl_ibtpo.values import backup, leaf_mean, selection_bias, selection_differences, sibling_baseline
 
@@ -249,6 +250,31 @@ def test_selection_differences_by_hand():
     # Round 2 chose step 6 with leaf 3: 1 - 0.
     assert selection_differences(tree) == ([0.5, 1.0], [-1.0])
     assert selection_differences(build([(0, [0.5]), (0, [0.5])], [1, 0])) == ([], [])
+
+
+# ----- against a known gradient --------------------------------------------------------------------------------------
+
+
+def test_what_is_unbiased_on_a_policy_with_a_known_gradient():
+    """Where nothing sampled after a step decides whether it is branched, and the more uncertain steps are.
+
+    With `sampled` weights, rewards alone and every sibling baseline on backed-up values give the policy gradient
+    within two standard errors, in length and in direction; with the other weights, the same rewards point elsewhere.
+    """
+    policy = credit.Policy(depth=4, choices=2)
+    exact = [
+        credit.Method("grpo", "sampled", baseline=False),
+        *(credit.Method("sibling", "sampled", "backup", kappa) for kappa in (0.0, 1.0, 16.0, INF)),
+    ]
+    biased = [credit.Method("grpo", weight, baseline=False) for weight in ("per_trajectory", "once")]
+    blocks = credit.measure(policy, "level", [*exact, *biased], trees=600, progress=False)
+    for number in range(len(exact)):
+        found = credit.summarize(policy.gradient(), blocks, number)
+        assert abs(found["scale"] - 1) < 2 * found["scale_se"], (exact[number], found)
+        assert abs(found["astray"]) < 2 * found["astray_se"], (exact[number], found)
+    for number in range(len(exact), len(exact) + len(biased)):
+        found = credit.summarize(policy.gradient(), blocks, number)
+        assert found["astray"] > 5 * found["astray_se"] and found["astray"] > 0.3, (biased, found)
 
 
 # ----- a function of one's own -------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ from trl_ibtpo.prefix_sharing.attention import (
     why_not_shared,
 )
 from trl_ibtpo.prefix_sharing.comparison import comparison_batch, why_not_exact
-from trl_ibtpo.prefix_sharing.trainer_mixin import keep_groups_together
+from trl_ibtpo.prefix_sharing.trainer_mixin import keep_trees_together
 from trl_ibtpo.prefix_sharing.trie import BLOCK, share_prefixes
 
 VOCABULARY = 40
@@ -361,14 +361,14 @@ def test_a_whole_tree_is_in_a_micro_batch(config, model_path, monkeypatch):
     assert len(orders) > 1  # trees are still shuffled
 
 
-def test_keep_groups_together_moves_every_entry():
+def test_keep_trees_together_moves_every_entry():
     rows = torch.tensor([3, 0, 2, 1])
     batches = [
         {"row": part, "ids": part[:, None] * 10, "text": [str(int(row)) for row in part], "count": torch.tensor(7)}
-        | {"none": None}
+        | {"tree": part // 2, "none": None}
         for part in rows.split(2)
     ]
-    first, second = keep_groups_together(batches, group_size=2)
+    first, second = keep_trees_together(batches)
     assert first["row"].tolist() == [2, 3] and second["row"].tolist() == [0, 1]
     assert first["ids"].tolist() == [[20], [30]] and first["text"] == ["2", "3"]
     assert int(second["count"]) == 7 and second["none"] is None

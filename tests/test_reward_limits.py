@@ -364,6 +364,21 @@ def test_trees_without_training_say_how_rewards_are_scaled(config, model_path, c
     assert "The reward function 'shaped' returned" in message
 
 
+def test_a_function_that_edits_prompts_edits_its_own(config, model_path):
+    """In training every row has a message list of its own; so it is where trees are grown without training."""
+    seen = []
+
+    def continues(prompts, completions, **kwargs):
+        for prompt, completion in zip(prompts, completions, strict=True):
+            seen.append(len(prompt))
+            prompt += completion
+        return [0.5] * len(prompts)
+
+    row = tiny.questions(conversational=True)[0]
+    IBTPOTrainer(model_path, continues, config(), tiny.questions(conversational=True)).grow_trees([row])
+    assert seen == [1] * 12 and len(row["prompt"]) == 1
+
+
 @pytest.mark.parametrize("fields", [{"branching": name} for name in ("ib", "confidence", "random")], ids=str)
 def test_a_range_that_maps_to_the_same_success_grows_the_same_trees(config, model_path, fields):
     def stretched(completions, **kwargs):

@@ -236,6 +236,7 @@ def test_an_unknown_reward_stays_unknown_in_a_range():
         ([-0.3, 0.7], ["returned -0.3, ", "`success_range=(-0.3, 0.7)`"]),
         ([3.5, 3.5], ["returned 3.5, ", "`success_range=(0.0, 3.5)`"]),  # a range needs two numbers
         ([-2.0], ["returned -2.0, ", "`success_range=(-2.0, 1.0)`"]),
+        ([12.34125, 12.34375], ["returned 12.34, ", "`success_range=(12.341, 12.344)`"]),  # a range is not empty
     ],
 )
 def test_what_is_said_of_other_ranges(values, words):
@@ -492,6 +493,9 @@ def test_an_async_function_that_raises_does_not_hide_behind_pending_ones(event_l
         ({"aaa": 1.0, "abb": 0.0}, "it must return a list"),
         (np.ones((2, 2)), "it must return a list"),
         (torch.ones(2, 2), "it must return a list"),
+        ([0.5, "0.5"], r"returned \[0.5, '0.5'\]; it must return a list"),
+        ([0.5, 10**400], "it must return a list"),  # no float holds it
+        ([0.5, 1e39], r"returned 1e\+39; a reward must be a finite number"),  # more than TRL's float32 holds
     ],
 )
 def test_a_function_that_returns_something_else(returned, message):

@@ -103,7 +103,7 @@ def batches(*trees: list[float]) -> np.ndarray:
 
 def test_constant_success_is_noticed_once():
     watch, success = SuccessWatch(), Success(["format_reward", "length_reward"])
-    said = [watch.add(success, batches([1, 1, 1], [1, 1, 1]), 3) for _ in range(8)]
+    said = [watch.add(success, batches([1, 1, 1], [1, 1, 1]), [3, 3]) for _ in range(8)]
     assert [message is not None for message in said] == [False] * 3 + [True] + [False] * 4
     assert "within any of the first 8 trees" in said[3] and "It comes from 'format_reward'" in said[3]
     assert "was 1 for 24 of 24 completions" in said[3] and "weight 0 in `reward_weights`" in said[3]
@@ -112,15 +112,15 @@ def test_constant_success_is_noticed_once():
 
 def test_trees_that_all_agree_within_are_noticed_later():
     watch, success = SuccessWatch(), Success(["accuracy", "other"])
-    said = [watch.add(success, batches([1, 1, np.nan], [0, 0, 0]), 3) for _ in range(16)]
+    said = [watch.add(success, batches([1, 1, np.nan], [0, 0, 0]), [3, 3]) for _ in range(16)]
     assert [message is not None for message in said] == [False] * 15 + [True]
     assert "was 0 for 48, 1 for 32 of 80 completions" in said[-1]
 
 
 def test_one_difference_ends_the_watch():
     watch, success = SuccessWatch(), Success(["accuracy", "other"])
-    assert watch.add(success, batches([0, 0, 0], [0, 1, 0]), 3) is None
-    assert all(watch.add(success, batches([0, 0, 0]), 3) is None for _ in range(50))
+    assert watch.add(success, batches([0, 0, 0], [0, 1, 0]), [3, 3]) is None
+    assert all(watch.add(success, batches([0, 0, 0]), [3]) is None for _ in range(50))
 
 
 # ----- delimiters ----------------------------------------------------------------------------------------------------

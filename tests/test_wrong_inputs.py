@@ -171,6 +171,21 @@ ROWS = {
         ValueError,
         "`branch_lookahead` is True; it must be a whole number from 0",
     ),
+    "adaptive budget switched on": (
+        {"adaptive_budget": True},
+        ValueError,
+        "`adaptive_budget` is True; it must be a whole number of at least 1: so many right and so many wrong answers",
+    ),
+    "adaptive budget with nothing to give": (
+        {"adaptive_budget": 1, "tree_levels": 1, "branching": "independent"},
+        ValueError,
+        "`adaptive_budget` is 1, but `tree_levels` is 1: .* no others to give away. Use, .*tree_levels=9",
+    ),
+    "adaptive budget after one rollout": (
+        {"adaptive_budget": 1, "tree_initial_rollouts": 1},
+        ValueError,
+        "`adaptive_budget` is 1, but `tree_initial_rollouts` is 1: .* Use at least 2",
+    ),
     "no beta": ({"ib_beta": 0.0}, ValueError, r"`ib_beta` is 0.0; it must be positive \(the paper uses 5\)"),
     "beta as text": ({"ib_beta": "5"}, ValueError, r"`ib_beta` is '5'; it must be positive \(the paper uses 5\)"),
     "lambda unknown": (
@@ -316,6 +331,11 @@ ROWS = {
         {"branching": "independent", "selection_correction": True},
         ValueError,
         "`selection_correction` is True, but no step is chosen",
+    ),
+    "sampled weights and leaves by reward": (
+        {"shared_token_weight": "sampled", "branching": "confidence", "adaptive_budget": 1},
+        ValueError,
+        "`shared_token_weight` is 'sampled', .* `adaptive_budget` is 1: .* Leave `adaptive_budget` out",
     ),
     "negative regularization": (
         {"ib_regularization_coef": -0.1},
@@ -755,3 +775,18 @@ def test_a_column_that_is_dropped_is_not_refused(config):
     data = tiny.questions(12).add_column("completions", ["b"] * 12)
     args = config(remove_unused_columns=True)
     checks.refuse_unsupported("a/model", [tiny.even_length], args, data, data, None, {})
+
+
+def test_a_message_with_tool_calls_needs_no_content():
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 3, "b": 4}}}
+    prompt = [
+        {"role": "user", "content": "What is 3 + 4?"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "7"},
+    ]
+    checks.check_rows([{"prompt": prompt}])
+
+
+def test_one_row_is_not_a_list_of_rows():
+    with pytest.raises(TypeError, match=r"`rows` is one row \(with prompt, letter\); give a list .* `\[row\]`"):
+        checks.check_rows({"prompt": "What is 3 + 4?", "letter": "a"})

@@ -231,7 +231,7 @@ def token_advantages(graded: GradedTree, function: AdvantageFunction | None = No
     result = TokenAdvantages([], [], [], [])
     weights = step_weights(tree, graded.settings.shared_token_weight)
     for leaf, values in enumerate(zip(terms.global_terms, terms.local_terms, weights, strict=True)):
-        global_T, local_T, weights_T = (per_token(tree, leaf, values_S) for values_S in values)
+        global_T, local_T, weights_T = per_token(tree, leaf, np.array(values))
         result.advantages.append(global_T + local_T)
         result.weights.append(weights_T)
         result.global_terms.append(global_T)
@@ -259,9 +259,12 @@ def _checked(tree: RolloutTree, function: AdvantageFunction, terms: StepAdvantag
 
 
 def per_token(tree: RolloutTree, leaf: int, values_S: np.ndarray) -> np.ndarray:
-    """Spread one value per step of trajectory `leaf` over its tokens, 0 on observations; `(S,)` to `(T,)`."""
+    """Spread values per step of trajectory `leaf` over its tokens, 0 on observations.
+
+    `(S,)` to `(T,)`, or `(..., S)` to `(..., T)`.
+    """
     ends_S = tree.ends()[tree.path(tree.leaves[leaf])]
-    return np.repeat(values_S, np.diff(ends_S, prepend=0)) * tree.sampled(leaf)
+    return np.repeat(values_S, np.diff(ends_S, prepend=0), axis=-1) * tree.sampled(leaf)
 
 
 def whiten(

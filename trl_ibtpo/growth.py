@@ -22,6 +22,7 @@ from typing import Protocol
 import numpy as np
 
 from .branching import Strategy, make_strategy, select_steps, uses_rewards
+from .budget import LeafBudget, contrast
 from .engines.base import Clock, Rollout, RolloutEngine, RolloutRequest
 from .scores import StepConfidence, TreeScores, score_tree
 from .steps import StepSplitter, turn_ends
@@ -43,11 +44,12 @@ class GrowthSettings:
     step_confidence: StepConfidence = "geometric_mean"
     max_completion_length: int = 2048
     branch_lookahead: int = 0
+    adaptive_budget: int | None = None
     success_range: tuple[float, float] | None = None
 
     @cached_property
     def leaves(self) -> int:
-        """`G = B0 + (L - 1) K B`."""
+        """`G = B0 + (L - 1) K B`: of every tree, or on average with `adaptive_budget`."""
         return self.tree_initial_rollouts + (self.tree_levels - 1) * self.branches_per_round
 
     @property
@@ -106,6 +108,10 @@ class TreeGrower:
     answer is known, the score is its confidence term alone, which needs none. So the first rounds go to several steps
     before their answers are known, the later ones to the steps whose answers look best. `d = 0` is the paper exactly.
 
+    With `adaptive_budget`, a tree stops before its next round once its answers differ enough (`budget`), gives back
+    the leaves that it has not used, and may be granted some that others gave back. Independent rollouts then have
+    rounds as well, of as many rollouts as they began with.
+
     Args:
         prompt_ids: token ids of the question.
         settings: shape and strategy.
@@ -128,7 +134,10 @@ class TreeGrower:
         self.settings = settings
         self.name = 0  # its place among the trees that grow together, which `drive` knows
         self._strategy = strategy if strategy is not None else make_strategy(settings.branching)
-        self.waits_for_rewards = uses_rewards(self._strategy)  # else the tree gets them all when the last is known
+        self.limit = settings.leaves  # that it may have; once it has stopped, that it has
+        self._may_stop = settings.adaptive_budget is not None
+        # Else the tree gets all rewards when the last is known.
+        self.waits_for_rewards = uses_rewards(self._strategy) or settings.adaptive_budget is not None
         self._splitter = splitter
         self._seed = list(seed)
         # Without lookahead a round waits for all of the last one, so it does not matter who ended first.
@@ -138,19 +147,29 @@ class TreeGrower:
         self._branches: list[_Branch] = []  # every rollout submitted so far
         self._pending: list[_Branch] = []  # those that have not ended on the tree's clock
         self._branched: set[int] = set()
-        self._unrewarded = settings.leaves
+        self._rewarded = 0
         self._choices: list[Choice] = []
 
     @property
     def done(self) -> bool:
-        return not self._unrewarded and not self._pending
+        return self._rewarded == len(self._branches) == self.limit and not self._pending
+
+    @property
+    def success(self) -> list[float]:
+        """Of every leaf; NaN where unknown."""
+        return self.tree.success
+
+    def grant(self, leaves: int, to_the_last: bool = False) -> None:
+        """Let a tree that is done have more leaves, until its answers differ enough or, if it must, all of them."""
+        self.limit += leaves
+        self._may_stop = not to_the_last
 
     @property
     def can_advance(self) -> bool:
         """Whether enough rollouts are complete that a round might start, or the tree be done."""
         complete = sum([branch.complete for branch in self._pending])
         running = len(self._pending) - complete
-        more = len(self._branches) < self.settings.leaves
+        more = len(self._branches) < self.limit
         return complete > 0 and running <= (self.settings.branch_lookahead if more else 0)
 
     def scores(self) -> TreeScores:
@@ -181,7 +200,7 @@ class TreeGrower:
     def add_reward(self, leaf: int, reward: float) -> None:
         branch = self._branches[leaf]
         branch.reward, branch.complete = reward, True
-        self._unrewarded -= 1
+        self._rewarded += 1
         self._reward_leaves()
 
     def _reward_leaves(self) -> None:
@@ -197,12 +216,15 @@ class TreeGrower:
             engine: is asked how far running rollouts are; without it nothing is known of them.
         """
         if not self._branches:
-            count = self.settings.leaves if self._strategy is None else self.settings.tree_initial_rollouts
+            at_once = self._strategy is None and self.settings.adaptive_budget is None
+            count = self.limit if at_once else self.settings.tree_initial_rollouts
             return [self._submit(0) for _ in range(count)]
         requests: list[RolloutRequest] = []
+        if not self._pending and len(self._branches) < self.limit:  # granted after it was done
+            requests += self._start_rounds(engine)
         while self.can_advance and self._end_next(engine):
             # One rollout ends at a time, so that a decision knows what had ended by then and no more.
-            if len(self._branches) < self.settings.leaves and len(self._pending) <= self.settings.branch_lookahead:
+            if len(self._branches) < self.limit and len(self._pending) <= self.settings.branch_lookahead:
                 requests += self._start_rounds(engine)
         return requests
 
@@ -219,10 +241,16 @@ class TreeGrower:
 
     def _start_rounds(self, engine: RolloutEngine | None) -> list[RolloutRequest]:
         """A round, and as many more as make `branch_lookahead` more branches, all chosen with what is in the tree."""
+        if self._may_stop and contrast(self.success) >= self.settings.adaptive_budget:
+            self.limit = len(self._branches)
+            return []
+        if self._strategy is None:
+            portion = self.settings.tree_initial_rollouts if self._may_stop else self.limit
+            return [self._submit(0) for _ in range(min(portion, self.limit - len(self._branches)))]
         for branch in self._pending:
             self._graft_complete_steps(branch, engine)
         scores, requests = self.scores(), []
-        while len(self._branches) < self.settings.leaves and len(requests) <= self.settings.branch_lookahead:
+        while len(self._branches) < self.limit and len(requests) <= self.settings.branch_lookahead:
             steps = self._choose_steps(scores)
             requests += [self._submit(step) for step in steps for _ in range(self.settings.tree_branches_per_node)]
         return requests
@@ -231,11 +259,10 @@ class TreeGrower:
         """The steps of one round."""
         # With a single rewarded child rho = 1, so the score of a step says nothing of the answer until a second one is
         # rewarded. While that branch is under way, look elsewhere first. Without rewards, a second child is enough.
-        under_way = np.zeros(len(scores.parents), dtype=bool)
-        under_way[[branch.after for branch in self._pending]] = True
         priority, eligible = self._strategy(self.tree, scores, self._rng), self._eligible(scores)
         known = scores.rewarded_children if self.waits_for_rewards else scores.children
-        deferred = under_way & (known < 2)
+        deferred = np.zeros(len(known), dtype=bool)
+        deferred[[branch.after for branch in self._pending if known[branch.after] < 2]] = True
         steps = select_steps(priority, eligible, self.settings.tree_nodes_per_level, deferred)
         self._branched.update(steps)
         self._choices.append(self._describe_choice(steps, priority, eligible, deferred))
@@ -333,6 +360,25 @@ class TreeGrower:
             branch.grafted += ends[-1]
 
 
+def leaf_budget(settings: GrowthSettings, trees: int, in_order: bool = False) -> LeafBudget | None:
+    """What `drive` needs to share out the leaves of so many trees; none where every tree has the same number.
+
+    Args:
+        settings: of all trees.
+        trees: how many.
+        in_order: see `LeafBudget`.
+    """
+    if settings.adaptive_budget is None:
+        return None
+    return LeafBudget(
+        trees * settings.leaves,
+        settings.adaptive_budget,
+        portion=settings.tree_initial_rollouts,
+        unit=1 if settings.branching == "independent" else settings.branches_per_round,
+        in_order=in_order,
+    )
+
+
 class LeafScorer(Protocol):
     """Rewards finished leaves while trees grow. A leaf is named by its tree's name and its number in the tree."""
 
@@ -354,6 +400,7 @@ def drive(
     engine: RolloutEngine,
     scorer: LeafScorer,
     on_rollout: Callable[[], None] = lambda: None,
+    budget: LeafBudget | None = None,
 ) -> None:
     """Drive all trees to the end over one engine, in turns of five stages.
 
@@ -371,6 +418,7 @@ def drive(
         engine: where rollouts are sampled.
         scorer: where leaves get their rewards.
         on_rollout: called after every finished rollout, for progress bars.
+        budget: where trees get the leaves that others gave back, with `adaptive_budget`.
     """
     ready = set(range(len(growers)))
     asked_after: defaultdict[int, set[int]] = defaultdict(set)  # trees that wait, by the poll they wait for
@@ -380,12 +428,14 @@ def drive(
 
     try:
         while True:
-            requests = []
-            for tree in sorted(ready):
-                requests += growers[tree].next_requests(engine)
-                ticks = growers[tree].ticks_to_wait(engine)
-                if ticks is not None:
-                    asked_after[polls + ticks].add(tree)  # a poll gives a rollout one token at most
+            requests, asked = [], sorted(ready)
+            while asked:
+                for tree in asked:
+                    requests += growers[tree].next_requests(engine)
+                    ticks = growers[tree].ticks_to_wait(engine)
+                    if ticks is not None:
+                        asked_after[polls + ticks].add(tree)  # a poll gives a rollout one token at most
+                asked = [] if budget is None else budget.share_out(growers)
             if requests:
                 engine.submit(requests)
                 in_flight += len(requests)

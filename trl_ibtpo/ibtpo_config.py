@@ -44,6 +44,12 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda value: value is None or _is_whole(value),
         "a whole number of at least 1, or None for one tree",
     ),
+    (
+        "adaptive_budget",
+        lambda value: value is None or _is_whole(value),
+        "a whole number of at least 1: so many right and so many wrong answers are enough; or None for trajectories "
+        "that are the same number for every question",
+    ),
     ("branch_lookahead", lambda value: _is_whole(value, 0), "a whole number from 0 (the paper)"),
     ("tool_concurrency", _is_whole, "a whole number of at least 1, for example 32"),
     ("log_trees", lambda value: _is_whole(value, 0), "a whole number of training steps, or 0 to record no trees"),
@@ -125,8 +131,14 @@ class IBTPOConfig(GRPOConfig):
         tree_branches_per_node (`int`, *optional*, defaults to `1`):
             Rollouts that continue each chosen step. The paper's \( B \).
         num_generations (`int`, *optional*):
-            Trajectories per question. Derived: \( G = B_0 + (L - 1) K B \), 12 with the defaults. A different value
-            is an error.
+            Trajectories per question, on average with `adaptive_budget`. Derived: \( G = B_0 + (L - 1) K B \), 12
+            with the defaults. A different value is an error.
+        adaptive_budget (`int`, *optional*):
+            How many right and how many wrong answers are enough for a question. Questions that have them stop after
+            any round and give the rest of their \( G \) trajectories to those that lack an outcome; every question
+            keeps its initial rollouts, and a batch as many rows as ever. `1` gives the most questions a signal, larger
+            numbers leave more trajectories to those that have one. With `branching="independent"`, rounds are of
+            `tree_initial_rollouts` completions: dynamic sampling. `None` gives every question \( G \) trajectories.
 
         > Parameters that choose where to branch
 
@@ -262,6 +274,13 @@ class IBTPOConfig(GRPOConfig):
         metadata={
             "help": "Trajectories per question, derived from the shape of the tree: `tree_initial_rollouts + "
             "(tree_levels - 1) * tree_nodes_per_level * tree_branches_per_node`. A different value is an error."
+        },
+    )
+    adaptive_budget: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many right and how many wrong answers are enough for a question, which then gives the rest "
+            "of its trajectories to questions that lack an outcome. If `None`, every question has `num_generations`."
         },
     )
     beta: float = field(
@@ -483,6 +502,7 @@ class IBTPOConfig(GRPOConfig):
 
     def __post_init__(self):
         self._check_tree()
+        self._check_budget()
         self._check_credit()
         group = self.growth_settings.leaves
         if self.num_generations not in (None, group):
@@ -529,7 +549,8 @@ class IBTPOConfig(GRPOConfig):
     @property
     def success_steers(self) -> bool:
         """Whether success decides where trees branch, or what their steps are worth."""
-        return self.branches_by_reward or (self.advantage == "ibtpo" and self.ib_coef != 0)
+        by_reward = self.branches_by_reward or self.adaptive_budget is not None
+        return by_reward or (self.advantage == "ibtpo" and self.ib_coef != 0)
 
     def _shape_for(self, leaves: Any) -> str:
         """Which field gives the tree that many trajectories, in words that end a sentence."""
@@ -567,6 +588,21 @@ class IBTPOConfig(GRPOConfig):
                     "a threshold says is true or false and has no range. Leave `success_range` out."
                 )
 
+    def _check_budget(self) -> None:
+        if self.adaptive_budget is None:
+            return
+        if self.tree_levels == 1:
+            raise ValueError(
+                f"`adaptive_budget` is {self.adaptive_budget}, but `tree_levels` is 1: every question keeps its "
+                "initial rollouts, and there are no others to give away. Use, for example, "
+                "`tree_initial_rollouts=4, tree_levels=9`; with `branching='independent'` too."
+            )
+        if self.tree_initial_rollouts == 1:
+            raise ValueError(
+                f"`adaptive_budget` is {self.adaptive_budget}, but `tree_initial_rollouts` is 1: a question that "
+                "stopped after it would have nothing to compare its answer with. Use at least 2."
+            )
+
     def _check_credit(self) -> None:
         """Combinations that would train on something else than they say."""
         if self.shared_token_weight == "sampled" and self.branches_by_reward:
@@ -595,6 +631,12 @@ class IBTPOConfig(GRPOConfig):
         if self.selection_correction and not self.branches:
             raise ValueError(
                 "`selection_correction` is True, but no step is chosen: no rollout continues another one."
+            )
+        if self.shared_token_weight == "sampled" and self.branches and self.adaptive_budget is not None:
+            raise ValueError(
+                "`shared_token_weight` is 'sampled', which takes the children of a step for equal samples of the "
+                f"policy, but `adaptive_budget` is {self.adaptive_budget}: whether a step is branched once more "
+                "depends on the rewards under it. Leave `adaptive_budget` out, or use `shared_token_weight='once'`."
             )
 
     def _check_whole_trees(self) -> None:

@@ -27,6 +27,7 @@ from .training import checks
 from .training.checkpoints import WholeCheckpoints
 from .training.environments import check_environment, rung_of
 from .training.generation import Grown, TreeGeneration
+from .training.group_statistics import group_advantages
 from .training.hooks import check_hooks
 from .training.metrics import TreeMetrics, mean_per_question
 from .training.model_card import complete_card, tree_to_show
@@ -171,6 +172,8 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
         self._scorer: RewardScorer | None = None
         self._host: ToolHost | None = None
         self._prompts: list = []  # of the generation batch being made, one per row
+        self._all_rewards: torch.Tensor | None = None  # of all processes, as the next
+        self._all_sizes: list[int] = []  # leaves of each tree
         self._shown_tree: tuple[GrownTree, int] | None = None  # and its training step, for the model card
         self._tree_log = TreeLog(self, args.log_trees, args.log_trees_count)
         self.add_callback(self._tree_log)
@@ -222,9 +225,15 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
         checks.check_rows(inputs, self.tools, self.environment_factories)
         self._tree_inputs = inputs
         try:
+            if self.args.adaptive_budget is not None:
+                inputs = self._grow_ahead(inputs)
             output = super()._generate_and_score_completions(inputs)
+            if self.args.adaptive_budget is not None:
+                output["advantages"] = self._advantages_in_groups(output["advantages"])
             self._set_step_advantages(output)
-            output["row"] = torch.arange(len(inputs), device=output["advantages"].device)
+            device = output["advantages"].device
+            output["row"] = torch.arange(len(inputs), device=device)
+            output["tree"] = torch.arange(len(self._grown)).repeat_interleave(torch.tensor(self._sizes)).to(device)
             if hasattr(self._strategy, "learn"):
                 found = [self._strategy.evidence(grown.tree, grown.scores) for grown in self._grown]
                 self._strategy.learn([each for trees in gather_object(found) for each in trees])
@@ -236,6 +245,20 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
             self._host, self._prompts = None, []
         return output
 
+    @property
+    def _sizes(self) -> list[int]:
+        """Leaves of each tree."""
+        return [len(grown.tree.leaves) for grown in self._grown]
+
+    def _grow_ahead(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Grow before TRL counts rows, and return as many of each question's, side by side, as it has leaves."""
+        prompt_ids, images, _ = self._tokenize_prompts([row["prompt"] for row in inputs])
+        if images is not None:
+            raise ValueError(checks.NO_IMAGES)
+        self._grown, self._scorer, _ = self._grow(inputs, prompt_ids, self._next_batch())
+        first_rows = inputs[:: self.num_generations]
+        return [dict(row) for row, size in zip(first_rows, self._sizes, strict=True) for _ in range(size)]
+
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         if not self._grows:
             return super()._generate_single_turn(
@@ -245,7 +268,8 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
             raise ValueError(checks.NO_IMAGES)
         if self._growing_alone:
             raise Grown(*self._grow(self._tree_inputs, prompt_ids)[:2])
-        self._grown, self._scorer, self._host = self._grow(self._tree_inputs, prompt_ids, self._next_batch())
+        if not self._grown:
+            self._grown, self._scorer, self._host = self._grow(self._tree_inputs, prompt_ids, self._next_batch())
         completion_ids, logprobs, masks = self._trajectories()
         # TRL decodes the first turn, and asks `_tool_call_loop` for what follows it.
         first_turns = [mask.index(0) if 0 in mask else len(mask) for mask in masks]
@@ -273,7 +297,7 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
 
     def _trajectories(self) -> tuple[list[list[int]], list[list[float]] | None, list[list[int]]]:
         """Token ids, log-probabilities and the mask of sampled tokens of every row, in TRL's form."""
-        leaves = [(grown.tree, leaf) for grown in self._grown for leaf in range(self.num_generations)]
+        leaves = [(grown.tree, leaf) for grown in self._grown for leaf in range(len(grown.tree.leaves))]
         trajectories = [tree.trajectory(leaf) for tree, leaf in leaves]
         masks = [tree.sampled(leaf).astype(int).tolist() for tree, leaf in leaves]
         logprobs = None
@@ -307,10 +331,28 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
         self._log_timeouts(scorer)
         rewards = self.accelerator.gather(torch.tensor(scorer.rewards, device=self.accelerator.device))
         if self.model.training:
+            self._all_rewards, self._all_sizes = (
+                rewards,
+                [self.num_generations] * (len(rewards) // self.num_generations),
+            )
+            if self.args.adaptive_budget is not None:
+                self._all_sizes = [size for sizes in gather_object([self._sizes]) for size in sizes]
             self._look_at_rewards(rewards.cpu().double().numpy(), prompts)
         return rewards
 
     # ----- advantages ------------------------------------------------------------------------------------------------
+
+    def _advantages_in_groups(self, advantages: torch.Tensor) -> torch.Tensor:
+        """GRPO's advantages in groups as they are, instead of TRL's in groups of G rows; `(B,)`."""
+        found, is_std_zero = group_advantages(
+            self._all_rewards,
+            self._all_sizes,
+            self.reward_weights,
+            scale_rewards=self.scale_rewards,
+            multi_objective_aggregation=self.multi_objective_aggregation,
+        )
+        self._metrics["train"]["frac_reward_zero_std"][-1] = is_std_zero.float().mean().item()
+        return found.split(len(advantages))[self.accelerator.process_index].to(advantages)
 
     def _set_step_advantages(self, output: dict[str, Any]) -> None:
         """Replace GRPO's advantage of each trajectory by those of its steps, weighted: `(B,)` to `(B, T)`."""
@@ -318,7 +360,7 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
         unscorable = np.isnan(self._scorer.rewards).all(axis=1)
         advantage_B = np.where(unscorable, np.nan, advantages.cpu().double().numpy())
         metrics, values_B, weights_B = TreeMetrics(), [], []
-        for grown, advantage_L in zip(self._grown, np.split(advantage_B, len(self._grown)), strict=True):
+        for grown, advantage_L in zip(self._grown, np.split(advantage_B, np.cumsum(self._sizes)[:-1]), strict=True):
             graded = GradedTree(grown.tree, grown.scores, advantage_L, self.args.credit_settings, grown.choices)
             found = token_advantages(graded, self._advantage)
             metrics.add_tree(grown, found)
@@ -362,6 +404,13 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
                 f"hold whole trees of {self.num_generations} trajectories. Trees never span processes; use a multiple "
                 f"of {self.num_generations * self.accelerator.num_processes}."
             )
+        if self.args.adaptive_budget is not None and share == self.num_generations:
+            raise ValueError(
+                f"`adaptive_budget` is {self.args.adaptive_budget}, but each process generates for one question at a "
+                f"time ({share} completions), which has nobody to give to. Trees never span processes: raise "
+                "`per_device_train_batch_size` or `steps_per_generation`, so that a process has many questions; "
+                f"{8 * share} completions for eight."
+            )
 
     def _describe(self) -> str:
         args = self.args
@@ -374,6 +423,11 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
                 f"branching '{self._branching}'"
             )
         trees = args.per_device_train_batch_size * args.steps_per_generation // self.num_generations
+        if args.adaptive_budget is not None:
+            shape += (
+                f", on average: from {args.tree_initial_rollouts} on, a question stops when it has "
+                f"{args.adaptive_budget} right and {args.adaptive_budget} wrong answers and leaves the rest to others"
+            )
         engine = f"vLLM, {self.vllm_mode} mode" if self.use_vllm else "transformers (`use_vllm` is off)"
         return (
             f"IB-TPO: {shape}, {trees} per process and generation; advantage '{self._advantage_name}' "

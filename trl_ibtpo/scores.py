@@ -116,7 +116,7 @@ class TreeScores:
 
 def _divide(total_N: np.ndarray, count_N: np.ndarray) -> np.ndarray:
     """NaN where there is nothing to divide by."""
-    return np.divide(total_N, count_N, out=np.full(len(total_N), np.nan), where=count_N > 0)
+    return total_N / np.where(count_N > 0, count_N, np.nan)
 
 
 def score_tree(tree: RolloutTree, *, beta: float, confidence_kind: StepConfidence = "geometric_mean") -> TreeScores:

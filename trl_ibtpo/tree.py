@@ -232,7 +232,7 @@ class RolloutTree:
     def density(self) -> np.ndarray:
         """`p(s)`: mean success of the leaves under every step, `(N,)`; NaN where none is known."""
         counts = np.array(self._success_counts)
-        return np.divide(np.array(self._success_sums), counts, out=np.full(len(counts), np.nan), where=counts > 0)
+        return np.array(self._success_sums) / np.where(counts > 0, counts, np.nan)
 
     def mean_logprobs(self) -> np.ndarray:
         """Mean sampling log-probability of the tokens of every step, `(N,)`; 0 where none is known."""

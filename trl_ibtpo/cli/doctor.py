@@ -114,12 +114,7 @@ def _packages() -> list[dict[str, Any]]:
 
 
 def _row(
-    name: str,
-    found: str | None,
-    supported: SpecifierSet | None,
-    imports: bool,
-    purpose: str = "required",
-    note: str = "",
+    name: str, found: str | None, supported: SpecifierSet | None, imports: bool, purpose="required", note=""
 ) -> dict[str, Any]:
     return {
         "package": name,
@@ -183,7 +178,8 @@ def _features(usable: dict[str, bool], hooks: str | None) -> list[dict[str, Any]
     def needs(name: str) -> str:
         return f"{name} can be imported" if usable[name] else f"{name} is missing or broken"
 
-    on_gpu = bf16 = False
+    on_gpu = bf16 = sleep = False
+    vllm = why_not_sleep = "vllm is missing or broken: transformers generates, slowly"
     if usable["torch"]:
         import torch
 
@@ -193,20 +189,16 @@ def _features(usable: dict[str, bool], hooks: str | None) -> list[dict[str, Any]
         from vllm.platforms import current_platform
 
         sleep = current_platform.is_sleep_mode_available()
-        vllm_rows = [
-            ("vLLM colocated", True, f"vLLM runs on {current_platform.device_name or current_platform.device_type}"),
-            ("vLLM sleep mode", sleep, "this platform can" if sleep else "this platform cannot: leave it off"),
-        ]
-    else:
-        why = "vllm is missing or broken: transformers generates, slowly"
-        vllm_rows = [("vLLM colocated", False, why), ("vLLM sleep mode", False, "no vLLM here")]
+        vllm = f"vLLM runs on {current_platform.device_name or current_platform.device_type}"
+        why_not_sleep = "this platform cannot: leave it off"
     four_bit = usable["bitsandbytes"] and usable["peft"]
     why_four_bit = needs("peft") if usable["bitsandbytes"] else needs("bitsandbytes")
     if four_bit and not on_gpu:
         why_four_bit = "on a CPU with transformers generation only"
     rows = [
         ("trees in training", hooks is None, hooks or "every hook of TRL is as tested"),
-        *vllm_rows,
+        ("vLLM colocated", usable["vllm"], vllm),
+        ("vLLM sleep mode", sleep, "this platform can" if sleep else why_not_sleep),
         ("vLLM server", usable["trl"], "needs a vLLM server that this machine can reach, and no vLLM here"),
         ("bf16", bf16, "the GPU can" if on_gpu else "no GPU: set bf16=False and use_cpu=True"),
         ("LoRA", usable["peft"], needs("peft")),

@@ -36,6 +36,7 @@ class VLLMEngine:
             **sampling,
             "n": 1,
             "logprobs": 0,  # the sampled token's
+            "flat_logprobs": True,  # lists of numbers, where vLLM otherwise makes two objects a token
             "output_kind": RequestOutputKind.FINAL_ONLY,
             "detokenize": bool(sampling.get("stop")),
         }
@@ -67,7 +68,7 @@ class VLLMEngine:
             self.cached_tokens += output.num_cached_tokens or 0
             self.prefix_tokens += len(output.prompt_token_ids)
             completion = output.outputs[0]
-            rollouts.append(Rollout(request_id, *_with_logprobs(completion.token_ids, completion.logprobs)))
+            rollouts.append(Rollout(request_id, list(completion.token_ids), completion.logprobs.logprobs))
         return rollouts
 
     def generated(self, request_id: Hashable) -> int:
@@ -76,9 +77,8 @@ class VLLMEngine:
 
     def partial(self, request_id: Hashable, start: int, stop: int) -> tuple[list[int], list[float]]:
         state = self._state(self._internal[request_id])
-        return _with_logprobs(
-            state.detokenizer.output_token_ids[start:stop], state.logprobs_processor.logprobs[start:stop]
-        )
+        logprobs = state.logprobs_processor.logprobs.logprobs
+        return list(state.detokenizer.output_token_ids[start:stop]), logprobs[start:stop]
 
     def _state(self, internal: str) -> Any:
         """What vLLM keeps of a request in flight."""
@@ -89,11 +89,6 @@ class VLLMEngine:
             self._llm_engine.abort_request(list(self._in_flight))
             self._in_flight.clear()
             self._internal.clear()
-
-
-def _with_logprobs(token_ids: Sequence[int], entries: Sequence[dict]) -> tuple[list[int], list[float]]:
-    """Sampled tokens and their log-probabilities, out of vLLM's entries for each position."""
-    return list(token_ids), [entry[token_id].logprob for entry, token_id in zip(entries, token_ids, strict=True)]
 
 
 def _longest_request(vllm_config: Any) -> int:

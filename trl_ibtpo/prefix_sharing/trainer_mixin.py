@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class PrefixSharedForward:
         inputs = super()._prepare_inputs(generation_batch)
         if self._packed_forward and self.model.training and self._buffered_inputs is not before:
             # TRL shuffles rows; what shares tokens has to be in one micro-batch.
-            self._buffered_inputs = keep_groups_together(self._buffered_inputs, self.num_generations)
+            self._buffered_inputs = keep_trees_together(self._buffered_inputs)
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return inputs
 
@@ -42,29 +43,8 @@ class PrefixSharedForward:
         batch_size=None,
         compute_entropy=False,
         compute_aux_loss=False,
-        pixel_values=None,
-        image_grid_thw=None,
-        num_images=None,
-        pixel_attention_mask=None,
-        spatial_shapes=None,
-        num_tiles=None,
-        image_sizes=None,
-        token_type_ids=None,
-        mm_token_type_ids=None,
-        image_position_ids=None,
+        **multimodal,
     ):
-        multimodal = {
-            "pixel_values": pixel_values,
-            "image_grid_thw": image_grid_thw,
-            "num_images": num_images,
-            "pixel_attention_mask": pixel_attention_mask,
-            "spatial_shapes": spatial_shapes,
-            "num_tiles": num_tiles,
-            "image_sizes": image_sizes,
-            "token_type_ids": token_type_ids,
-            "mm_token_type_ids": mm_token_type_ids,
-            "image_position_ids": image_position_ids,
-        }
         shared_batches = [None]
         # The load-balancing loss of a mixture of experts counts tokens, so it would change.
         if self._packed_forward and not compute_aux_loss and all(value is None for value in multimodal.values()):
@@ -154,19 +134,10 @@ class PrefixSharedForward:
             def shared(*batch, model=model):
                 return self._shared_forward(model, share_prefixes(*batch))[0]
 
-            def prepare(base_model=base_model):
-                prepare_model(base_model)
-
+            prepare, vocabulary = partial(prepare_model, base_model), base_model.config.get_text_config().vocab_size
+            device, precision = self.accelerator.device, self._precision(base_model)
             with _without_traces(model):
-                reason = why_not_exact(
-                    padded,
-                    shared,
-                    prepare,
-                    base_model.config.get_text_config().vocab_size,
-                    self.accelerator.device,
-                    self._precision(base_model),
-                )
-            reasons.append(reason)
+                reasons.append(why_not_exact(padded, shared, prepare, vocabulary, device, precision))
         reason = next((reason for reason in gather_object(reasons) if reason is not None), None)
         if reason is not None:
             for model in self._models_in_use():
@@ -202,22 +173,22 @@ def _without_traces(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def keep_groups_together(batches: list[dict[str, Any]], group_size: int) -> list[dict[str, Any]]:
-    """Rearrange shuffled micro-batches so that the rows of a group follow each other.
+def keep_trees_together(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rearrange shuffled micro-batches so that the rows of a tree follow each other.
 
-    Groups keep the shuffled order of their first rows, and rows within a group that of generation.
+    Trees keep the shuffled order of their first rows, and rows within a tree that of generation.
 
     Args:
-        batches: micro-batches as TRL splits a generation batch, with the entry `row`: each row's place in it, `(B,)`.
-        group_size: rows of a group.
+        batches: micro-batches as TRL splits a generation batch, with the entries `row`, each row's place in it, and
+            `tree`, the number of its tree; both `(B,)`.
     """
     if len(batches) == 1:
         return batches
-    rows = torch.cat([batch["row"] for batch in batches]).tolist()
-    first = {}  # group to the place of its first row
-    for place, row in enumerate(rows):
-        first.setdefault(row // group_size, place)
-    order = sorted(range(len(rows)), key=lambda place: (first[rows[place] // group_size], rows[place]))
+    rows, trees = (torch.cat([batch[key] for batch in batches]).tolist() for key in ("row", "tree"))
+    first = {}  # tree to the place of its first row
+    for place, tree in enumerate(trees):
+        first.setdefault(tree, place)
+    order = sorted(range(len(rows)), key=lambda place: (first[trees[place]], rows[place]))
 
     def merged(values: list) -> Any:
         if isinstance(values[0], torch.Tensor) and values[0].ndim:

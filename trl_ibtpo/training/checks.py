@@ -66,6 +66,11 @@ def refuse_unsupported(
             "`rollout_func` is not supported: it samples whole completions by itself, which a tree has to branch. "
             "Give what it calls as `tools=` or `environment_factory=`, or train with TRL's GRPOTrainer."
         )
+    if args.adaptive_budget is not None and (kwargs.get("tools") or kwargs.get("environment_factory")):
+        raise ValueError(
+            f"`adaptive_budget` is {args.adaptive_budget}, which cannot be combined with `tools` or "
+            "`environment_factory`: each of the G rows of a question has an environment of its own. Leave it out."
+        )
     if args.use_transformers_continuous_batching:
         raise ValueError(
             "`use_transformers_continuous_batching` is not supported: it cannot give each rollout its own token "
@@ -339,6 +344,10 @@ def check_rows(rows: list[dict[str, Any]], tools: Sequence[Any] = (), environmen
         tools: with any, prompts are messages.
         environments: with any, they may make the prompt.
     """
+    if isinstance(rows, dict):
+        raise TypeError(
+            f"`rows` is one row (with {', '.join(map(str, rows))}); give a list of rows, for example `[row]`."
+        )
     for row in rows:
         if {"image", "images"} & row.keys():
             raise ValueError(NO_IMAGES)
@@ -358,13 +367,14 @@ def check_rows(rows: list[dict[str, Any]], tools: Sequence[Any] = (), environmen
                 f"The column 'prompt' of `train_dataset` holds {prompt!r}; a prompt must be text or a list of "
                 "messages, for example 'What is 3 + 4?' or [{'role': 'user', 'content': 'What is 3 + 4?'}]."
             )
-        parts = [part for message in prompt if isinstance(message["content"], list) for part in message["content"]]
+        contents = [message.get("content") for message in prompt]
+        parts = [part for content in contents if isinstance(content, list) for part in content]
         if any(part.get("type") == "image" for part in parts):
             raise ValueError(NO_IMAGES)
 
 
 def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and {"role", "content"} <= message.keys()
+    return isinstance(message, dict) and "role" in message and bool({"content", "tool_calls"} & message.keys())
 
 
 def check_template(tokenizer: Any, row: dict[str, Any] | None) -> None:

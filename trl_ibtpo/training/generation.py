@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..engines.transformers import TransformersEngine, unsharded
 from ..engines.turns import TurnEngine
 from ..engines.vllm import VLLMEngine
 from ..engines.vllm_server import VLLMServerEngine
-from ..growth import GrownTree, TreeGrower, drive
+from ..growth import GrownTree, TreeGrower, drive, leaf_budget
 from . import checks
 from .environments import close
 from .rewards import RewardScorer
@@ -51,14 +52,24 @@ class TreeGeneration:
             One tree per row, with its scores.
         """
         checks.check_rows(rows, self.tools, self.environment_factories)
-        inputs = [dict(row) for row in rows for _ in range(self.num_generations)]
+        inputs = [deepcopy(row) for row in rows for _ in range(self.num_generations)]  # functions may edit them
+        if self.tools:
+            grown, scorer = self._grow_over_turns(inputs)
+        else:
+            prompt_ids, images, _ = self._tokenize_prompts([row["prompt"] for row in inputs])
+            if images is not None:
+                raise ValueError(checks.NO_IMAGES)
+            grown, scorer, _ = self._grow(inputs, prompt_ids)
+        self._say_scaling(scorer.rewards)
+        return grown
+
+    def _grow_over_turns(self, inputs: list[dict[str, Any]]) -> tuple[list[GrownTree], RewardScorer]:
+        """TRL resets environments and finds the tools of every row on its way to generation; no further."""
         self._growing_alone, self._tree_inputs, before = True, inputs, self.environments
         try:
-            # TRL resets environments and finds the tools of every row on its way to generation; no further.
             super()._generate_and_score_completions(inputs)
         except Grown as grown:
-            self._say_scaling(grown.scorer.rewards)
-            return grown.trees
+            return grown.trees, grown.scorer
         finally:
             self._growing_alone, self.environments = False, before
             self._tree_inputs, self._prompts = [], []
@@ -84,8 +95,12 @@ class TreeGeneration:
         self, inputs: list[dict[str, Any]], prompt_ids: list[list[int]], batch: int = 0
     ) -> tuple[list[GrownTree], RewardScorer, ToolHost | None]:
         """Grow one tree for each run of G equal prompts; makes no collective call while trees grow."""
-        host = ToolHost(self, self._prompts, prompt_ids, inputs, self.num_generations) if self.tools else None
-        scorer = self._make_scorer(inputs, self._prompts, self.num_generations, self._decoder(prompt_ids, host), host)
+        prompts = self._prompts or [row["prompt"] for row in inputs]
+        host = ToolHost(self, prompts, prompt_ids, inputs, self.num_generations) if self.tools else None
+        uneven = self.args.adaptive_budget is not None
+        scorer = self._make_scorer(
+            inputs, prompts, self.num_generations, self._decoder(prompts, prompt_ids, host), uneven, host
+        )
         with (
             self._engine() as engine,
             nullcontext() if host is None else closing(host),
@@ -101,7 +116,9 @@ class TreeGeneration:
             if host is not None:
                 engine = TurnEngine(engine, host)
             growers = self._plant(prompt_ids, engine, batch)
-            drive(growers, engine, scorer, on_rollout=progress.update)
+            budget = leaf_budget(self.args.growth_settings, len(growers), in_order=self.args.reproducible_rollouts)
+            drive(growers, engine, scorer, progress.update, budget)
+        scorer.arrange([len(grower.tree.leaves) for grower in growers])
         scorer.warn_of_timeouts()
         grown = [grower.grown() for grower in growers]
         self._look_for_steps(grown)
@@ -210,13 +227,13 @@ class TreeGeneration:
         other = next((prompt for prompt in prompts if prompt != prompts[0]), prompts[0])
         return " and ".join(textwrap.shorten(repr(prompt[-1]["content"]), 120) for prompt in (prompts[0], other))
 
-    def _decoder(self, prompt_ids: list[list[int]], host: ToolHost | None) -> Callable[..., list]:
+    def _decoder(self, prompts: list, prompt_ids: list[list[int]], host: ToolHost | None) -> Callable[..., list]:
         """From completion ids and their rows to completions, as TRL decodes them."""
 
         def decode(completion_ids: list[list[int]], rows: list[int]) -> list:
             if host is not None:
                 return [host.completion(row) for row in rows]
-            if not is_conversational({"prompt": self._prompts[0]}):
+            if not is_conversational({"prompt": prompts[0]}):
                 return self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
             if getattr(self._tokenizer, "response_template", None) or getattr(
                 self._tokenizer, "response_schema", None
@@ -246,11 +263,12 @@ class TreeGeneration:
         prompts: list,
         leaves_per_tree: int,
         decode: Callable,
+        uneven: bool = False,
         host: ToolHost | None = None,
     ) -> RewardScorer:
         return RewardScorer(
             inputs=inputs,
-            prompts=prompts,
+            prompts=None if uneven else prompts,
             environments=self.environments,
             failed_rows=set if host is None else host.failed_rows,
             leaves_per_tree=leaves_per_tree,
@@ -264,6 +282,7 @@ class TreeGeneration:
             chat_template_kwargs=self.chat_template_kwargs,
             device=self.accelerator.device,
             timeout=self.args.reward_timeout,
+            uneven=uneven,
         )
 
 

@@ -6,6 +6,7 @@ tree/initial_success    mean success of the initial rollouts alone, which no cho
 tree/generated_tokens   newly sampled tokens per question, shared prefixes once
 tree/trajectory_tokens  tokens of all trajectories per question, shared prefixes once per trajectory
                         (observations, such as results of tools, count here and not among the generated)
+tree/leaves_std         standard deviation of the trajectories per question; only with `adaptive_budget`
 tree/depth              steps per trajectory
 tree/branch_position    share of a branched trajectory that was inherited, 0 at the question
 tree/selected_minus_fresh  success that a step was chosen with, minus that of the rollouts that then continued it
@@ -47,7 +48,8 @@ MEANS = (
     "ib/covariance",
     "ib/confidence",
 )
-DEVIATIONS = ("advantages/global_std", "advantages/local_std")
+LEAVES_STD = "tree/leaves_std"
+DEVIATIONS = ("advantages/global_std", "advantages/local_std", LEAVES_STD)
 
 
 class TreeMetrics:
@@ -62,7 +64,11 @@ class TreeMetrics:
         known = success[~np.isnan(success)]
         self._add("tree/effective_rate", [len(known) > 0 and known.min() < known.max()])
         self._add("tree/average_success", known)
+        if grown.settings.adaptive_budget is not None:
+            self._add(LEAVES_STD, [len(tree.leaves)])
         initial = success[np.array(tree.rounds) == 0]
+        if grown.settings.adaptive_budget is not None:  # independent rollouts that were granted later have round 0 too
+            initial = initial[: grown.settings.tree_initial_rollouts]
         self._add("tree/initial_success", initial[~np.isnan(initial)])
         self._add("tree/generated_tokens", [tree.generated_tokens])
         self._add("tree/trajectory_tokens", [tree.trajectory_tokens])
@@ -84,7 +90,7 @@ class TreeMetrics:
 
     def reduce(self, accelerator) -> dict[str, float]:
         """Means and standard deviations over all processes; one collective call. NaN where nothing was seen."""
-        names = (*MEANS, *DEVIATIONS)
+        names = [name for name in (*MEANS, *DEVIATIONS) if name != LEAVES_STD or name in self._sums]
         local = torch.tensor(np.array([self._sums[name] for name in names]), device=accelerator.device)
         total = accelerator.reduce(local.float(), reduction="sum").double().cpu().numpy()
         values = {}

@@ -25,6 +25,7 @@ class TreeReports:
     _success: Success
     _success_steers: bool  # whether success decides where trees branch, or what their steps are worth
     _grown: list[GrownTree]  # of the generation batch being made; none in evaluation
+    _all_sizes: list[int]  # leaves of each of its trees, over all processes
 
     def _start_reports(self) -> None:
         self._success_watch = SuccessWatch()
@@ -75,7 +76,7 @@ class TreeReports:
             )
         self._say_scaling(rewards_LF)
         if self._success_steers:
-            message = self._success_watch.add(self._success, rewards_LF, self.num_generations)
+            message = self._success_watch.add(self._success, rewards_LF, self._all_sizes)
             self._warn_once(message, about="constant success")
 
     # ----- the table of completions, and lengths ---------------------------------------------------------------------
@@ -94,7 +95,7 @@ class TreeReports:
         """TRL takes a completion without a stop token for cut; one that a stop text of the user's ended is whole."""
         if not OWN_STOPS & (self.args.generation_kwargs or {}).keys():
             return
-        budgets = [each.settings.max_completion_length for each in self._grown for _ in range(self.num_generations)]
+        budgets = [each.settings.max_completion_length for each in self._grown for _ in each.tree.leaves]
         budgets = budgets or [self.max_completion_length] * len(completion_ids)
         cut = [
             len(ids) >= budget and ids[-1] not in self.eos_token_ids
@@ -131,7 +132,7 @@ class TreeReports:
         self._logs["advantages"].extend(means)
         if self.args.log_completions:
             decode = partial(self._tokenizer.decode, skip_special_tokens=True)
-            places = [(grown, leaf) for grown in self._grown for leaf in range(self.num_generations)]
+            places = [(grown, leaf) for grown in self._grown for leaf in range(len(grown.tree.leaves))]
             marked = gather_object(
                 [mark_steps(*place, row, decode) for place, row in zip(places, per_token, strict=True)]
             )

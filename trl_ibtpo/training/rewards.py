@@ -16,6 +16,7 @@ import textwrap
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,6 +32,8 @@ from .success import Success
 from .time_limit import TimeLimitExceeded, call_within, can_interrupt
 
 logger = logging.get_logger(__name__)
+
+LARGEST = float(np.finfo(np.float32).max)  # TRL computes with rewards of this precision
 
 
 class RewardFunctionError(RuntimeError):
@@ -50,6 +53,7 @@ class RewardFunctionError(RuntimeError):
 class _Call:
     """Leaves that are scored together."""
 
+    leaves: list[tuple[int, int]]
     rows: list[int]
     arguments: dict[str, Any]
     pending: dict[concurrent.futures.Future, int] = field(default_factory=dict)  # future to reward function
@@ -65,6 +69,7 @@ class RewardScorer:
         environments: one per leaf, where there are any.
         failed_rows: says of which leaves the environment is broken: no function sees these, they have no reward.
         leaves_per_tree: G.
+        uneven: whether trees differ in size, G on average; then `arrange` puts the leaves into order in the end.
         reward_funcs, reward_names, reward_processing_classes: as in TRL's trainer.
         success: how right a leaf is, out of its rewards.
         decode: completion token ids (one list per leaf) and their rows to completions as TRL passes them on.
@@ -95,6 +100,7 @@ class RewardScorer:
         chat_template_kwargs: dict[str, Any],
         device: torch.device,
         timeout: float | None = None,
+        uneven: bool = False,
     ):
         self.rewards = np.full((len(inputs), len(reward_funcs)), np.nan, dtype=np.float32)
         self.timed_out = np.zeros(self.rewards.shape, dtype=bool)  # not scored within the limit
@@ -103,9 +109,11 @@ class RewardScorer:
         self.extra_columns: dict[str, list] = {}
         self.metrics: dict[str, list[tuple[float, int]]] = {}  # value and number of leaves of each call
         self._inputs, self._environments = inputs, environments
-        self._prompts = [row["prompt"] for row in inputs] if prompts is None else prompts
+        self._prompts = prompts
         self._failed_rows = failed_rows
         self._leaves_per_tree = leaves_per_tree
+        # Place of each leaf in the lists above, as they came; without `uneven`, trees are in order from the start.
+        self._places: dict[tuple[int, int], int] | None = {} if uneven else None
         self._reward_funcs = reward_funcs
         self._reward_names = reward_names
         self._reward_processing_classes = reward_processing_classes
@@ -119,27 +127,37 @@ class RewardScorer:
         self._calls: list[_Call] = []
 
     def submit(self, leaves: Sequence[tuple[int, int, list[int]]]) -> None:
-        rows = [tree * self._leaves_per_tree + number for tree, number, _ in leaves]
-        completion_ids = {row: ids for row, (_, _, ids) in zip(rows, leaves, strict=True)}
-        decoded = self._decode(list(completion_ids.values()), rows)
-        for row, completion in zip(rows, decoded, strict=True):
+        # Any of the equal rows of a tree, where it has more leaves than rows.
+        sources = [tree * self._leaves_per_tree + number % self._leaves_per_tree for tree, number, _ in leaves]
+        rows = sources
+        if self._places is not None:
+            rows = [self._places.setdefault((tree, number), len(self._places)) for tree, number, _ in leaves]
+        completion_ids = [ids for _, _, ids in leaves]
+        completions = self._decode(completion_ids, sources)
+        inputs = [self._inputs[source] for source in sources]
+        if self._places is not None:
+            inputs = deepcopy(inputs)  # functions may edit them, and another leaf may need them
+        for row, completion in zip(rows, completions, strict=True):
             self.completions[row], self.decoded[row] = completion, repr(completion)
         failed = self._failed_rows()
-        if failed & set(rows):
-            self._calls.append(_Call([row for row in rows if row in failed], arguments={}))
-        rows = [row for row in rows if row not in failed]
-        if rows:
-            self._score(rows, [completion_ids[row] for row in rows])
-
-    def _score(self, rows: list[int], completion_ids: list[list[int]]) -> None:
-        """Call every function for these rows."""
-        inputs = [self._inputs[row] for row in rows]
+        kept = [place for place, row in enumerate(rows) if row not in failed]
+        if len(kept) < len(rows):  # no function sees these
+            gone = [place for place, row in enumerate(rows) if row in failed]
+            self._calls.append(_Call([leaves[at][:2] for at in gone], [rows[at] for at in gone], arguments={}))
+            if not kept:
+                return
+            leaves, rows, completion_ids, inputs = (
+                [each[at] for at in kept] for each in (leaves, rows, completion_ids, inputs)
+            )
         columns = [key for key in inputs[0] if key not in ("prompt", "completion", "completion_ids")]
         call = _Call(
+            leaves=[(tree, number) for tree, number, _ in leaves],
             rows=rows,
             arguments={
                 **{key: [row[key] for row in inputs] for key in columns},
-                "prompts": [self._prompts[row] for row in rows],
+                "prompts": [row["prompt"] for row in inputs]
+                if self._prompts is None
+                else [self._prompts[row] for row in rows],
                 "completions": [self.completions[row] for row in rows],
                 "completion_ids": completion_ids,
                 **self._shared_arguments,
@@ -175,7 +193,19 @@ class RewardScorer:
             self._wait(futures)
         rows = [row for call in complete for row in call.rows]
         values = self._success.values(self.rewards[rows]).tolist()
-        return [(*divmod(row, self._leaves_per_tree), value) for row, value in zip(rows, values, strict=True)]
+        leaves = [leaf for call in complete for leaf in call.leaves]
+        return [(*leaf, value) for leaf, value in zip(leaves, values, strict=True)]
+
+    def arrange(self, sizes: Sequence[int]) -> None:
+        """Put all leaves into the order of trees, and those of a tree into their own, now that sizes are known."""
+        if self._places is None:
+            return
+        leaves = [(tree, number) for tree, size in enumerate(sizes) for number in range(size)]
+        order = [self._places[leaf] for leaf in leaves]
+        self.rewards, self.timed_out = self.rewards[order], self.timed_out[order]
+        self.completions, self.decoded = ([each[row] for row in order] for each in (self.completions, self.decoded))
+        self.extra_columns = {name: [cells[row] for row in order] for name, cells in self.extra_columns.items()}
+        self._inputs = [self._inputs[tree * self._leaves_per_tree] for tree, _ in leaves]
 
     def warn_of_timeouts(self) -> None:
         """Name each function that left completions unscored because of its time limit."""
@@ -237,8 +267,8 @@ class RewardScorer:
         try:
             if isinstance(values, (str, dict)):  # iterable, but not over rewards
                 raise TypeError
-            numbers = [math.nan if value is None else float(value) for value in values]
-        except (TypeError, ValueError, RuntimeError) as error:
+            numbers = [_number(value) for value in values]
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise RewardFunctionError(
                 f"The reward function '{name}' returned {values!r}; it must return a list with one number or None "
                 "per completion."
@@ -249,7 +279,7 @@ class RewardScorer:
                 "one per completion."
             )
         for value in numbers:
-            if math.isinf(value):
+            if abs(value) > LARGEST:
                 raise RewardFunctionError(
                     f"The reward function '{name}' returned {value}; a reward must be a finite number, or None where "
                     "there is none."
@@ -281,6 +311,12 @@ class RewardScorer:
             raise ValueError(f"log_extra('{column}') got {len(values)} values for {len(rows)} completions.")
         for row, value in zip(rows, values, strict=True):
             cells[row] = value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str):  # `float` would read it
+        raise TypeError
+    return math.nan if value is None else float(value)
 
 
 def _hint(error: Exception, completion: Any) -> str:

@@ -174,7 +174,8 @@ def describe_scaling(source: str, values_L: np.ndarray) -> str | None:
     low, high = np.nanmin(values_L), np.nanmax(values_L)
     if low == high:
         low, high = min(low, 0), max(high, 1)
-    shown, low, high = (float(f"{value:.4g}") for value in (outside[0], low, high))
+    digits = next(digits for digits in range(4, 18) if f"{low:.{digits}g}" != f"{high:.{digits}g}")
+    shown, low, high = float(f"{outside[0]:.4g}"), float(f"{low:.{digits}g}"), float(f"{high:.{digits}g}")
     return (
         f"{source[0].upper()}{source[1:]} returned {shown}, outside [0, 1]. Trees with such a value scale their "
         "rewards from their own lowest to their own highest, to know which steps to branch and to favour: success "
@@ -193,12 +194,12 @@ class SuccessWatch:
         self._counts: dict[float, int] = {}
         self._done = False
 
-    def add(self, success: Success, rewards_LF: np.ndarray, leaves_per_tree: int) -> str | None:
-        """Look at further trees, `leaves_per_tree` rows each; returns what to warn of, once."""
+    def add(self, success: Success, rewards_LF: np.ndarray, sizes: Sequence[int]) -> str | None:
+        """Look at further trees, which have so many rows; returns what to warn of, once."""
         if self._done:
             return None
         success_L = success(rewards_LF)
-        for values in np.split(success_L, len(success_L) // leaves_per_tree):
+        for values in np.split(success_L, np.cumsum(sizes)[:-1]):
             known = values[~np.isnan(values)]
             if len(known) and known.min() < known.max():
                 self._done = True  # for good: it can tell them apart

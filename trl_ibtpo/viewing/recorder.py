@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class TreeLog(TrainerCallback):
 
         Args:
             grown, advantages: of each tree.
-            prompts: of each trajectory, G equal ones a tree.
+            prompts: of each trajectory, equal ones of a tree after each other.
             rewards: of each trajectory by each reward function, `(B, F)`.
             batch: which generation batch of its training step it is.
         """
@@ -74,24 +75,21 @@ class TreeLog(TrainerCallback):
         step = trainer.state.global_step + 1
         if not self.wants(step):
             return
-        leaves = len(prompts) // len(grown)
+        starts = np.cumsum([0, *[len(each.tree.leaves) for each in grown]])
         ends = {trainer._tokenizer.eos_token_id, *_as_list(trainer.model.generation_config.eos_token_id)}
         records = [
             record_tree(
                 each,
                 self._decode,
-                question=prompts[tree * leaves],
+                question=prompts[start],
                 step=step,
-                rewards={
-                    name: rewards[tree * leaves : (tree + 1) * leaves, column]
-                    for column, name in enumerate(trainer.reward_func_names)
-                },
+                rewards={name: rewards[start:stop, column] for column, name in enumerate(trainer.reward_func_names)},
                 advantages=found,
                 method=self._method(),
                 end_ids=ends,
                 decode_token=self._decode_token,
             )
-            for tree, (each, found) in enumerate(zip(grown[: self.count], advantages, strict=False))
+            for each, found, (start, stop) in zip(grown[: self.count], advantages, pairwise(starts), strict=False)
         ]
         self.write(records, step, batch)
 

@@ -1,0 +1,187 @@
+"""The comparison of learning: its tables are recomputed by a second reader, and its runs repeat."""
+
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import learning, learning_report
+from benchmarks.learning_report import Estimate, Run, holm
+
+# Of Student's distribution, from printed tables: 97.5% points by degrees of freedom.
+T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 10: 2.228, 15: 2.131, 30: 2.042}
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def small_file(path: Path) -> Path:
+    """Two methods with four seeds, of which one is missing, one was cut off and run again, and one failed."""
+    lines = []
+    finals = {("grpo_8", 0): 0.5, ("grpo_8", 1): 0.4, ("grpo_8", 2): 0.45, ("grpo_8", 3): 0.6}
+    finals |= {("ibtpo", 0): 0.55, ("ibtpo", 1): 0.52, ("ibtpo", 2): 0.47}
+    for (method, seed), final in finals.items():
+        named = {"task": "chain7", "method": method, "seed": seed}
+        started = {**named, "event": "started"}
+        half = {**named, "generated_tokens": 50, "trained_tokens": 70, "cpu_seconds": 1.0, "accuracy": final / 2}
+        half |= {"final": final, "area": final / 2}
+        if (method, seed) == ("grpo_8", 2):
+            lines += [started, {**half, "final": 0.0}]  # killed while its rows were written
+        lines += [started, half, {**half, "generated_tokens": 100, "trained_tokens": 140, "accuracy": final}]
+    lines += [{"task": "chain7", "method": "ibtpo", "seed": 3, "event": "started"}]
+    lines += [{"task": "chain7", "method": "ibtpo", "seed": 3, "event": "failed", "error": "ValueError: no"}]
+    lines += [{"task": "chain7", "method": "grpo_8", "seed": 4, "event": "started"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(params=["small", "real"])
+def results_file(request, tmp_path):
+    return small_file(tmp_path / "rows.jsonl") if request.param == "small" else learning.RESULTS
+
+
+def second_reader(path: Path, task: str, method: str, key: str) -> dict[int, float]:
+    """From the lines alone: the last word of each seed, where it came after the run's last start."""
+    found = {}
+    for row in rows(path):
+        if (row["task"], row["method"]) == (task, method):
+            if row.get("event") == "started":
+                found.pop(row["seed"], None)
+            elif key in row:
+                found[row["seed"]] = row[key]
+    return found
+
+
+def interval(values) -> str:
+    """Mean and 95% interval in points, by hand."""
+    values = [100 * value for value in values]
+    mean = statistics.mean(values)
+    half = T_975[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
+    return [mean, mean - half, mean + half]
+
+
+def numbers(text: str) -> list[float]:
+    return [float(word.strip("[],")) for word in text.split()]
+
+
+@pytest.mark.parametrize("key", ["final", "area"])
+def test_a_second_reader_finds_the_same_means_differences_and_intervals(results_file, key, capsys):
+    results, checked = learning_report.load(results_file), 0
+    for row in learning_report.tables(results):
+        ours = second_reader(results_file, row["task"], row["method"], key)
+        assert row["done"] == len(ours)
+        if len(ours) - 1 in T_975:
+            assert numbers(row[key]) == pytest.approx(interval(ours.values()), abs=0.06)
+            checked += 1
+        theirs = second_reader(results_file, row["task"], "grpo_8", key)
+        pairs = [ours[seed] - theirs[seed] for seed in sorted(set(ours) & set(theirs))]
+        assert row["pairs"] == len(pairs)
+        if row["method"] != "grpo_8" and len(pairs) - 1 in T_975:
+            assert numbers(row[f"{key} - grpo_8"]) == pytest.approx(interval(pairs), abs=0.06)
+            checked += 1
+    assert checked >= 2 or results_file == learning.RESULTS  # which may be at its beginning
+    for task in results.tasks():
+        for claim in learning_report.claims(results, task):
+            ours, theirs = (second_reader(results_file, task, claim[name], key) for name in ("method", "base"))
+            pairs = [ours[seed] - theirs[seed] for seed in sorted(set(ours) & set(theirs))]
+            assert claim[key].count == len(pairs)
+            if len(pairs) - 1 in T_975:
+                assert numbers(claim[key].text()) == pytest.approx(interval(pairs), abs=0.06)
+
+
+def test_every_run_that_was_started_is_in_the_tables(results_file):
+    results = learning_report.load(results_file)
+    started = {
+        (row["task"], row["method"], row["seed"]) for row in rows(results_file) if row.get("event") == "started"
+    }
+    assert {(run.task, run.method, run.seed) for run in results.started} == started
+    assert sum(row["started"] for row in learning_report.tables(results)) == len(started)
+    for task in results.tasks():
+        table = learning_report.run_table(results, task)
+        missing = [run for run in results.started if run.task == task and run not in results.complete]
+        assert table.count("cut off") + table.count("failed") == len(missing)
+
+
+def test_what_was_cut_off_does_not_count(tmp_path):
+    results = learning_report.load(small_file(tmp_path / "rows.jsonl"))
+    assert results.measured("chain7", "grpo_8", "final") == {0: 0.5, 1: 0.4, 2: 0.45, 3: 0.6}
+    assert results.failed == {Run("chain7", "ibtpo", 3): "ValueError: no"}
+    assert Run("chain7", "grpo_8", 4) not in results.complete
+
+
+@pytest.mark.parametrize("degrees", T_975)
+def test_quantiles_of_students_distribution(degrees):
+    assert learning_report.t_quantile(degrees) == pytest.approx(T_975[degrees], abs=6e-4)
+    assert learning_report.two_sided_p(T_975[degrees], degrees) == pytest.approx(0.05, abs=5e-5)
+
+
+def test_holm_by_hand():
+    nan = float("nan")
+    # Sorted 0.01, 0.02, 0.04 of three claims: 3 x 0.01, 2 x 0.02, and 0.04, which may not be below the one before.
+    assert holm([0.04, nan, 0.01, 0.02]) == pytest.approx([0.04, nan, 0.03, 0.04], nan_ok=True)
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_one_pair_is_no_interval():
+    alone = Estimate.of([0.1])
+    assert "one seed" in alone.text() and learning_report.verdict(alone, alone.p) == "not known"
+
+
+def test_the_page_is_made_of_the_rows(tmp_path):
+    """Stale tables or sentences on the page would say something that the rows do not."""
+    page = learning_report.PAGE.read_text()
+    between = page.split(learning_report.BEGIN)[1].split(learning_report.END)[0]
+    assert between.strip() == learning_report.generated_part(learning_report.load(learning.RESULTS)).strip()
+
+
+def test_the_plan_names_the_runs_that_are_planned():
+    plan = (Path(learning.__file__).parent / "learning_plan.md").read_text()
+    for method in {run.method for run in learning.planned()}:
+        assert f"`{method}`" in plan
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path):
+    from benchmarks.learning_run import Setting, run
+
+    task = replace(learning.QUICK, warm_steps=(10,), warm_rows=8)
+    setting = Setting(budget=1_000, learning_rate=1e-3, questions=8, checkpoints=2)
+
+    def repeated(method: str, seed: int) -> list[dict]:
+        found = run(task, method, seed, setting, tmp_path, tmp_path / "log")
+        return [{key: value for key, value in row.items() if "seconds" not in key} for row in found]
+
+    once = repeated("grpo_8", 0)
+    assert once == repeated("grpo_8", 0)
+    assert [row["entropy"] for row in repeated("grpo_8", 1)[1:]] != [row["entropy"] for row in once[1:]]
+    assert once[-1]["generated_tokens"] >= setting.budget > once[-2]["generated_tokens"]
+    assert repeated("confidence_once", 0) == repeated("confidence_once", 0)
+
+
+def test_quick_sampling_computes_what_the_model_computes():
+    import torch
+    from transformers import Qwen3ForCausalLM
+
+    from benchmarks.sampling import QuickQwen3, _Step
+
+    torch.manual_seed(0)
+    tokenizer = learning.QUICK.tokenizer()
+    model = learning.QUICK.model(tokenizer)
+    quick = QuickQwen3(model.config)
+    quick.load_state_dict(model.state_dict())
+    ids, present = torch.randint(4, len(tokenizer), (3, 12)), torch.ones(3, 12, dtype=torch.bool)
+    present[0, :4] = present[2, :1] = False  # padded on the left
+    step = _Step(quick, present)
+    with torch.no_grad():
+        ours = torch.stack([step(ids, 0, 7)] + [step(ids, place - 1, place) for place in range(8, 13)], 1)
+        theirs = Qwen3ForCausalLM.forward(model, ids, attention_mask=present.long()).logits[:, 6:]
+    assert (ours - theirs).abs().max() < 1e-5
+
+    torch.manual_seed(1)
+    sampled = quick.generate(ids, attention_mask=present.long(), max_new_tokens=40)
+    assert (sampled[:, :12] == ids).all()
+    for row in sampled[:, 12:].tolist():
+        stop = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
+        assert set(row[stop:]) <= {tokenizer.pad_token_id}
