@@ -39,6 +39,11 @@ def report(title: str, rows: Sequence[dict[str, Any]], args: argparse.Namespace)
     console = Console(width=200)
     console.print(f"{title} ({platform.machine()}, {date.today()}){caution}")
     console.print(table)
+    write_rows(rows, args)
+
+
+def write_rows(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Write rows to the file that `--json` names, if any."""
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(list(rows), indent=1) + "\n")

@@ -1,6 +1,6 @@
 """What growing trees costs in vLLM, against independent sampling of the same number of tokens.
 
-    python -m benchmarks.rollouts [--quick] [--questions 8 32 128] [--json FILE]
+    python -m benchmarks.rollouts [--quick] [--questions 8 32 128] [--graders 0 1 10] [--json FILE]
 
 The engine is real; lengths are scripted (lognormal, the same for all modes), since random weights have none of their
 own. Modes, all with the paper's tree (4, 9, 1, 1) unless said:
@@ -9,7 +9,9 @@ own. Modes, all with the paper's tree (4, 9, 1, 1) unless said:
 - `reproducible`: the same with `reproducible_rollouts`, a seed per request;
 - `independent_12`: as many rollouts as the tree has trajectories;
 - `lock_step`: every round waits for all trees;
-- `tree` with `lookahead` 0 (the paper, without barriers between trees) and more.
+- `tree` with `lookahead` 0 (the paper, without barriers between trees) and more;
+- with graders of `--graders` seconds a completion, as many at once as there are: `independent` again, `tree`, and the
+  strategies that do not look at rewards, whose trees wait for none. Ratios are to `independent` with the same grader.
 
 `steps_per_token` counts engine steps and does not depend on the machine; where a step costs the same whatever the
 batch, as on a GPU bound by memory, wall clock tends to it.
@@ -28,7 +30,8 @@ from tqdm.auto import tqdm
 from benchmarks import common
 from trl_ibtpo.engines.base import RolloutRequest
 from trl_ibtpo.engines.vllm import VLLMEngine
-from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive
+from trl_ibtpo.growth import GrowthSettings, drive
+from trl_ibtpo.segments import make_grower
 
 PROMPT_TOKENS, STEP_TOKENS = 64, 12
 SAMPLING = {"repetition_penalty": 1.0, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
@@ -100,6 +103,7 @@ class Mode:
     settings: dict = field(default_factory=dict)
     lock_step: bool = False
     request_seeds: bool = False
+    grader: float = 0.0  # seconds
 
 
 INDEPENDENT = {"branching": "independent", "tree_levels": 1}
@@ -110,6 +114,38 @@ MODES = [
     Mode("lock_step", lock_step=True),
     *(Mode("tree", lookahead) for lookahead in (0, 1, 2, 3, 4, 8)),
 ]
+
+
+def with_grader(seconds: float) -> list[Mode]:
+    """Modes that wait for a grader, and those that do not; the first is what the others are compared with."""
+    shapes = [
+        ("independent", 0, MODES[0].settings),
+        ("tree", 3, {}),
+        ("confidence", 4, {"branching": "confidence"}),
+        ("random", 4, {"branching": "random"}),
+        ("surprisal", 0, {"branching": "surprisal", "tree_levels": 2, "tree_nodes_per_level": 2}),
+        ("segments", 0, {"branching": "segments"}),
+    ]
+    return [Mode(name, lookahead, settings, grader=seconds) for name, lookahead, settings in shapes]
+
+
+class SlowGrader(common.ScriptedScorer):
+    """Knows the success of a leaf some seconds after it was asked; all leaves are graded at once."""
+
+    def __init__(self, seconds: float):
+        super().__init__()
+        self.seconds, self.due = seconds, []
+
+    def submit(self, leaves):
+        super().submit(leaves)
+        self.due += [time.monotonic() + self.seconds] * len(leaves)
+
+    def collect(self, wait):
+        if wait and self.due:
+            time.sleep(max(0.0, self.due[0] - time.monotonic()))
+        ready = sum(due <= time.monotonic() for due in self.due)
+        scored, self.scored, self.due = self.scored[:ready], self.scored[ready:], self.due[ready:]
+        return scored
 
 
 def start_engine(layers: int, hidden: int, max_num_seqs: int, quick: bool = False) -> Any:
@@ -147,7 +183,7 @@ def run(llm, mode: Mode, questions: int, seed: int) -> dict[str, float]:
     rng = random.Random(1000 * questions + seed)
     settings = GrowthSettings(max_completion_length=MAX_LENGTH, branch_lookahead=mode.lookahead, **mode.settings)
     growers = [
-        TreeGrower(
+        make_grower(
             [rng.randrange(5, 300) for _ in range(PROMPT_TOKENS)],
             settings,
             common.FixedSteps(STEP_TOKENS),
@@ -157,7 +193,7 @@ def run(llm, mode: Mode, questions: int, seed: int) -> dict[str, float]:
     ]
     engine = ScriptedLengths(llm, seed, mode.request_seeds)
     begin = time.perf_counter()
-    drive(growers, LockStep(engine) if mode.lock_step else engine, common.ScriptedScorer())
+    drive(growers, LockStep(engine) if mode.lock_step else engine, SlowGrader(mode.grader))
     seconds = time.perf_counter() - begin
     tokens = sum(grower.tree.generated_tokens for grower in growers)
     return {
@@ -175,22 +211,27 @@ def main() -> None:
     arguments.add_argument("--repeats", type=int, default=3)
     arguments.add_argument("--layers", type=int, default=8)
     arguments.add_argument("--hidden", type=int, default=512)
+    arguments.add_argument("--graders", type=float, nargs="*", default=[0, 1, 10], help="seconds; with 32 questions")
     args = arguments.parse_args()
+    graded = 32
     if args.quick:
-        args.questions, args.repeats, args.layers, args.hidden = [2], 1, 2, 64
-    llm = start_engine(args.layers, args.hidden, 12 * max(args.questions), args.quick)
-    run(llm, MODES[0], min(args.questions), seed=99)  # warm up
+        args.questions, args.repeats, args.layers, args.hidden, args.graders = [2], 1, 2, 64, [0.1]
+        graded = 2
+    groups = [(questions, MODES) for questions in args.questions]
+    groups += [(graded, with_grader(seconds)) for seconds in args.graders]
+    llm = start_engine(args.layers, args.hidden, 12 * max(questions for questions, _ in groups), args.quick)
+    run(llm, MODES[0], min(questions for questions, _ in groups), seed=99)  # warm up
     rows = []
-    with tqdm(total=len(args.questions) * args.repeats * len(MODES), unit="run") as progress:
-        for questions in args.questions:
-            runs = {index: [] for index in range(len(MODES))}
+    with tqdm(total=args.repeats * sum(len(modes) for _, modes in groups), unit="run") as progress:
+        for questions, modes in groups:
+            runs = {index: [] for index in range(len(modes))}
             for repeat in range(args.repeats):  # interleaved: every repeat measures every mode
-                for index, mode in enumerate(MODES):
+                for index, mode in enumerate(modes):
                     progress.set_description(f"{questions} questions, {mode.name} {mode.lookahead}")
                     runs[index].append(run(llm, mode, questions, seed=repeat))
                     progress.update()
-            for index, mode in enumerate(MODES):
-                row = {"mode": mode.name, "questions": questions, "lookahead": mode.lookahead}
+            for index, mode in enumerate(modes):
+                row = {"mode": mode.name, "questions": questions, "lookahead": mode.lookahead, "grader": mode.grader}
                 row |= {key: float(np.mean([each[key] for each in runs[index]])) for key in runs[index][0]}
                 for name, key in (("time_ratio", "seconds_per_token"), ("step_ratio", "steps_per_token")):
                     ratios = [mine[key] / base[key] for mine, base in zip(runs[index], runs[0], strict=True)]

@@ -74,3 +74,38 @@ def test_out_of_range_rewards_work_when_success_is_another_function(model_path, 
 
     args = config(max_steps=1, success_reward="even_length")
     IBTPOTrainer(model_path, [unbounded, tiny.even_length], args, tiny.questions()).train()
+
+
+def test_several_delimiters_from_a_file(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        f'output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\nstep_delimiter: ["\\n\\n", "###"]\n'
+        'answer_marker: ["answer"]\nstep_max_tokens: 64\n'
+    )
+    (args,) = TrlParser(IBTPOConfig).parse_args_and_config(["--config", str(tmp_path / "run.yaml")])
+    assert (args.step_delimiter, args.step_max_tokens, args.answer_marker) == (["\n\n", "###"], 64, ["answer"])
+    for wrong in ("", [], ["\n\n", ""], ["\n\n", 3]):
+        with pytest.raises(ValueError, match=r"`step_delimiter` is .* it must be the text that ends a step"):
+            build(step_delimiter=wrong)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"step_min_tokens": 9, "step_max_tokens": 8}, "`step_max_tokens` is 8, but `step_min_tokens` is 9"),
+        ({"step_min_tokens": 0}, "`step_min_tokens` is 0; it must be a whole number of at least 1"),
+        ({"step_noise": 1.5}, "`step_noise` is 1.5; it must be a share between 0 and 1"),
+        (
+            {"answer_marker": "answer"},
+            r"`answer_marker` is 'answer'; it must be a list of texts .*, for example \['ans",
+        ),
+        ({"branching": "segments", "branch_lookahead": 3}, "`branch_lookahead` is 3, which has no meaning with"),
+        ({"branching": "segments", "answer_marker": ["a"]}, "`answer_marker` is .* no meaning with `branching='segm"),
+        (
+            {"branching": "surprisal", "num_generations": 12},
+            r"36 trajectories: tree_initial_rollouts \* \(1 \+ .*\) = 4 \* \(1 \+ \(9 - 1\) \* 1 \* 1\) = 36",
+        ),
+    ],
+)
+def test_fields_of_branching_that_do_not_fit(fields, message):
+    with pytest.raises(ValueError, match=message):
+        build(**fields)

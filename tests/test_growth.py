@@ -16,6 +16,7 @@ from trl_ibtpo.branching import STRATEGIES, make_strategy, uses_rewards, without
 from trl_ibtpo.engines.base import Rollout
 from trl_ibtpo.growth import CANDIDATES_KEPT, GrowthSettings, TreeGrower, drive
 from trl_ibtpo.scores import score_tree
+from trl_ibtpo.segments import make_grower
 from trl_ibtpo.tree import RolloutTree
 
 PROMPTS = [[901], [902, 903], [904, 905, 906]]
@@ -128,7 +129,7 @@ class Scorer:
 
 
 def grow(growth: GrowthSettings, prompts=PROMPTS, seed=0, order=0) -> tuple[list[TreeGrower], Engine]:
-    growers = [TreeGrower(prompt, growth, Splitter(), (seed, i)) for i, prompt in enumerate(prompts)]
+    growers = [make_grower(prompt, growth, Splitter(), (seed, i)) for i, prompt in enumerate(prompts)]
     engine = Engine(order)
     scorer = Scorer(engine, order + 1)
     calls = []
@@ -150,7 +151,7 @@ SETTINGS = st.builds(
     tree_levels=st.integers(1, 6),
     tree_nodes_per_level=st.integers(1, 3),
     tree_branches_per_node=st.integers(1, 2),
-    branching=st.sampled_from(["ib", "confidence", "random", "independent"]),
+    branching=st.sampled_from(list(STRATEGIES)),
     allow_root_branching=st.booleans(),
     allow_repeated_branching=st.booleans(),
     ib_beta=st.sampled_from([1.0, 5.0]),
@@ -170,7 +171,11 @@ def test_rules_of_every_tree(growth, seed, order):
         requests = [request for request in engine.requests if request.prefix_ids[: len(prompt)] == prompt]
         rollouts = {rollout.request_id: rollout for rollout in engine.rollouts}
         assert growth.leaves == len(requests) == len(tree.leaves) == len(set(tree.leaves)) == len(grower.tree.success)
-        assert growth.leaves == growth.tree_initial_rollouts + (growth.tree_levels - 1) * growth.branches_per_round
+        more = (growth.tree_levels - 1) * growth.branches_per_round
+        if growth.branching == "surprisal":  # M (1 + L N T): each initial rollout has rounds of its own
+            assert growth.leaves == growth.tree_initial_rollouts * (1 + more)
+        else:
+            assert growth.leaves == growth.tree_initial_rollouts + more
         for number, request in enumerate(requests):  # leaves are in the order they were asked for
             rollout, after = rollouts[request.request_id], tree.branch_steps[number]
             assert request.prefix_ids == prompt + tree.prefix(after)
@@ -203,7 +208,7 @@ def test_a_tree_does_not_depend_on_the_order_of_completion(growth, seed, order, 
     again, _ = grow(growth, seed=seed, order=other_order)
     assert [snapshot(grower) for grower in first] == [snapshot(grower) for grower in again]
     # ... nor on the trees that grow beside it.
-    alone = TreeGrower(PROMPTS[1], growth, Splitter(), (seed, 1))
+    alone = make_grower(PROMPTS[1], growth, Splitter(), (seed, 1))
     engine = Engine(order)
     drive([alone], engine, Scorer(engine, order))
     assert snapshot(alone) == snapshot(first[1])
@@ -218,7 +223,7 @@ def test_another_seed_grows_another_tree():
 
 @settings(max_examples=150, **ANY)
 @given(
-    SETTINGS.filter(lambda growth: growth.branching != "independent").map(
+    SETTINGS.filter(lambda growth: growth.branching in ("ib", "confidence", "random", "pivot")).map(
         lambda growth: replace(growth, branch_lookahead=0)
     ),
     st.integers(0, 1000),
@@ -548,7 +553,7 @@ class SlowScorer(Scorer):
 @pytest.mark.parametrize("branching", list(STRATEGIES))
 def test_a_tree_waits_for_rewards_only_where_its_strategy_looks_at_them(branching, lookahead):
     growth = GrowthSettings(branching=branching, branch_lookahead=lookahead, max_completion_length=40)
-    growers = [TreeGrower(prompt, growth, Splitter(), (i,)) for i, prompt in enumerate(PROMPTS)]
+    growers = [make_grower(prompt, growth, Splitter(), (i,)) for i, prompt in enumerate(PROMPTS)]
     engine = Engine(order=1)
     scorer = SlowScorer(engine)
     drive(growers, engine, scorer)
@@ -556,7 +561,7 @@ def test_a_tree_waits_for_rewards_only_where_its_strategy_looks_at_them(branchin
         assert scorer.waits[0] < len(PROMPTS) * growth.leaves
     else:
         assert scorer.waits == [len(PROMPTS) * growth.leaves]  # once, at the very end
-    again = [TreeGrower(prompt, growth, Splitter(), (i,)) for i, prompt in enumerate(PROMPTS)]
+    again = [make_grower(prompt, growth, Splitter(), (i,)) for i, prompt in enumerate(PROMPTS)]
     drive(again, other := Engine(order=2), Scorer(other, order=3))
     assert [snapshot(grower) for grower in growers] == [snapshot(grower) for grower in again]
 

@@ -4,6 +4,7 @@ One Chromium for all of it. A page that asks for anything but itself, or that sa
 """
 
 import json
+import math
 import random
 import re
 import threading
@@ -476,6 +477,8 @@ def test_only_rows_in_sight_are_in_the_page(show):
 def test_a_record_of_others_says_what_it_lacks(show):
     record = {"format": "trl_ibtpo.tree/1", "nodes": [{}, {"parent": 0, "text": "a"}, {"parent": 1}]}
     record["leaves"] = [{"node": 2}]
+    record["nodes"][1]["mood"] = math.nan
+    record["colour"] = {"deep": [math.inf, {"</script>": -math.inf}]}
     page = show([record])
     assert "Not recorded: step, question, method" in page.locator(".pane").inner_text()
     assert items(page).count() == 3
@@ -501,8 +504,8 @@ def test_a_run_is_followed(browser, tmp_path):
         page.get_by_text("What came later").click()
         until(page, "document.querySelector('.asked').textContent === 'What came later'")
     finally:
+        page.close()  # first, or it asks a server that is gone
         server.shutdown()
         thread.join()
         server.server_close()
-        page.close()
     assert complaints == [] and all(url.startswith(address) or url.startswith("data:") for url in requests)

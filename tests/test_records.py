@@ -184,6 +184,8 @@ def test_a_record_of_others_is_read_as_far_as_it_goes():
     draw_tree(record)
     render_tree(record)
     summary(record)
+    record["mood"] = [math.nan, {"a": math.inf}]
+    assert json.loads(dump_record(record))["mood"] == [None, {"a": None}]
 
 
 def test_a_library_lists_without_holding(tmp_path):

@@ -109,6 +109,41 @@ def test_functions_get_what_trl_gives_them_for_the_leaves_of_the_call():
     ]
 
 
+def test_where_nobody_waits_synchronous_functions_are_called_once_at_the_end(event_loop):
+    calls, awaited = [], []
+
+    def reward(completions, answer, **kwargs):
+        calls.append((list(completions), answer))
+        return by_completion(completions)
+
+    async def slow(completions, **kwargs):
+        awaited.append(list(completions))
+        return [0.0] * len(completions)
+
+    scorer = make_scorer(reward, slow, postpone=True, event_loop=event_loop)
+    assert score_all(scorer) == [] and calls == []
+    scored = []
+    while len(scored) < 6:
+        scored += scorer.collect(wait=True)
+    # In the order of the rows, as TRL calls it; asynchronous ones began when the leaves were there.
+    assert calls == [(["aaa", "abb", "acc", "baa", "bbb", "bcc"], ["answer 0"] * 3 + ["answer 1"] * 3)]
+    assert sorted(map(len, awaited)) == [1, 2, 3]
+    assert sorted(scored) == [(tree, number, value_of(tree, number)) for tree in (0, 1) for number in range(3)]
+
+
+def test_postponed_functions_with_a_time_limit_are_called_as_leaves_finished():
+    """A call that is stuck takes its own leaves with it, not the whole batch."""
+    calls = []
+
+    def reward(completions, **kwargs):
+        calls.append(len(completions))
+        return by_completion(completions)
+
+    scorer = make_scorer(reward, postpone=True, timeout=60.0)
+    assert score_all(scorer) == []
+    assert len(scorer.collect(wait=True)) == 6 and calls == [2, 1, 3]
+
+
 def test_decode_gets_the_rows_of_its_completions():
     rows = []
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from trl_ibtpo.steps import StepSplitter, step_ends
+from trl_ibtpo.steps import StepSplitter, limited_ends, step_ends
 
 TOKENIZERS = {"byte_level": tiny.byte_level_tokenizer(), "sentencepiece": tiny.sentencepiece_tokenizer()}
 DELIMITERS = ["\n\n", "\n", "###", " then ", "。", "---"]
@@ -206,3 +206,97 @@ def test_plain_tokens_are_skipped_without_a_difference(family, data, delimiter):
     expected = step_ends([splitter.text(token_id) for token_id in ids], delimiter.encode())
     fresh = StepSplitter(TOKENIZERS[family], delimiter)
     assert splitter.ends(ids) == fresh.ends(ids) == fresh.ends(ids) == expected
+
+
+# ----- several delimiters, limits in tokens, noise -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "delimiters", "ends"),
+    [
+        ("a|\n\n|b|###|c", ["\n\n", "###"], [2, 4, 5]),
+        ("a|#|##|b|\n|\n|c", ["###", "\n\n"], [3, 6, 7]),
+        ("a|\n\n|###|b|\n\n|c", ["\n\n", "###"], [2, 5, 6]),  # a delimiter at the head of a step ends nothing
+        ("a|.\n\n|b", ["\n\n", ".\n"], [2, 3]),  # of two that overlap, whichever is complete first
+    ],
+)
+def test_several_delimiters(tokens, delimiters, ends):
+    assert step_ends([token.encode() for token in tokens.split("|")], *(each.encode() for each in delimiters)) == ends
+    tokenizer = TOKENIZERS["byte_level"]
+    ids = tokenizer.encode(tokens.replace("|", ""))
+    assert len(StepSplitter(tokenizer, delimiters).ends(ids)) == len(ends)
+
+
+def every(period: int):
+    """Delimiters by position: the `period`-th token from where a step starts, and so on."""
+
+    def ends_from(tokens):
+        return lambda start: [*range(period, len(tokens) - start, period), len(tokens) - start]
+
+    return ends_from
+
+
+@pytest.mark.parametrize(
+    ("period", "limits", "ends"),
+    [
+        (3, {}, [3, 6, 9, 10]),
+        (3, {"min_tokens": 4}, [6, 10]),  # the delimiter at 3 comes too early, that at 9 as well
+        (3, {"max_tokens": 2}, [2, 4, 6, 8, 10]),
+        (4, {"max_tokens": 3}, [3, 6, 9, 10]),  # counted from the end of the step, not from the delimiter
+        (3, {"min_tokens": 5, "max_tokens": 5}, [5, 10]),
+        (2, {"min_tokens": 3, "max_tokens": 5}, [4, 8, 10]),
+        (20, {"min_tokens": 3}, [10]),
+    ],
+)
+def test_limits_in_tokens_by_hand(period, limits, ends):
+    tokens = list(range(10))
+    assert limited_ends(every(period)(tokens), tokens, **limits) == ends
+
+
+@settings(max_examples=100, deadline=None, database=None)
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=60),
+    st.integers(1, 4),
+    st.integers(1, 6),
+    st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_limited_steps_do_not_depend_on_what_comes_later(tokens, least, room, noise):
+    """What holds for steps without limits: a step ends in one place, however much of the completion is known."""
+
+    def cut(tokens):
+        def by_zero(start):
+            found = [at + 1 for at, token in enumerate(tokens[start:]) if token == 0]
+            return found if found and found[-1] == len(tokens) - start else [*found, len(tokens) - start]
+
+        return limited_ends(by_zero, tokens, least, least + room, noise)
+
+    ends = cut(tokens)
+    assert ends[-1] == len(tokens) and ends == sorted(set(ends))
+    lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    assert all(least <= length for length in lengths[:-1])
+    assert all(length <= (least + room) * (2 if noise else 1) for length in lengths)
+    for known in range(1, len(tokens)):
+        partial = cut(tokens[:known])[:-1]  # the last is not complete, as far as one knows
+        assert ends[: len(partial)] == partial
+    for end in ends[:-1]:  # the steps of a continuation are those of the whole
+        assert [end + each for each in cut(tokens[end:])] == [each for each in ends if each > end]
+
+
+def test_noise_moves_its_share_of_the_ends():
+    moved = total = 0
+    for seed in range(300):
+        tokens = [seed * 7 + place for place in range(40)]
+        ends = limited_ends(every(10)(tokens), tokens, noise=0.3)
+        total += 1
+        moved += ends[0] != 10  # the first alone, since later ones start from where it went
+        assert 10 <= ends[0] <= 20
+    assert abs(moved / total - 0.3) < 3 * (0.3 * 0.7 / total) ** 0.5
+
+
+def test_the_first_token_of_an_answer():
+    tokenizer = TOKENIZERS["byte_level"]
+    splitter = StepSplitter(tokenizer)
+    ids = tokenizer.encode("3 + 4 is 7. The answer is 7.")
+    place = splitter.first(ids, ["conclusion", "answer"])
+    assert "answer" in tokenizer.decode(ids[:place]) and "answer" not in tokenizer.decode(ids[: place - 1])
+    assert splitter.first(ids, ["conclusion"]) is None

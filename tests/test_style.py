@@ -20,7 +20,18 @@ def test_ruff(command):
 
 
 def test_pure_floors_load_neither_torch_nor_trl():
-    modules = ["steps", "tree", "scores", "values", "weights", "branching", "budget", "advantages", "growth"]
+    modules = [
+        "steps",
+        "tree",
+        "scores",
+        "values",
+        "weights",
+        "branching",
+        "budget",
+        "advantages",
+        "growth",
+        "segments",
+    ]
     code = (
         f"import importlib, sys\nfor name in {modules}:\n    importlib.import_module(f'trl_ibtpo.{{name}}')\n"
         "    print(name, *(other for other in ('torch', 'trl', 'transformers') if other in sys.modules))"
@@ -59,6 +70,7 @@ FLOORS = [
     ],
     ["branching", "advantages", "prefix_sharing/trainer_mixin"],
     ["growth"],
+    ["segments"],
     ["viewing/records"],
     ["viewing/drawing", "viewing/reading"],
     ["viewing/text", "viewing/library"],

@@ -14,8 +14,10 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig
+from test_pairs import STEPS, Switch
 
 from trl_ibtpo import IBTPOConfig, IBTPOTrainer
+from trl_ibtpo.branching import STRATEGIES, make_strategy
 from trl_ibtpo.engines.base import RolloutRequest
 from trl_ibtpo.engines.vllm import VLLMEngine
 from trl_ibtpo.engines.vllm_cpu import CPUVLLMGeneration
@@ -260,6 +262,27 @@ def test_more_prompt_tokens_than_fit_into_one_step(untied):
     untied.vllm_generation.llm.reset_prefix_cache()
     together = sample(prompts)
     assert together == {key: ids for prompt in prompts for key, ids in sample([prompt]).items()}
+
+
+def test_every_branching_trains_three_steps(untied):
+    pairs = [(branching, "ibtpo") for branching in STRATEGIES]
+    switch = Switch(pairs, levels=9, levels_of_rollouts=3)  # twelve leaves: 4 + 8 rounds of one, or 4 (1 + 2 of one)
+    before, untied.args.max_steps = untied.args.max_steps, STEPS * len(pairs)
+    untied.add_callback(switch)
+    try:
+        switch.start(untied)
+        untied.train()
+    finally:
+        untied.remove_callback(switch)
+        untied.args.max_steps, untied.args.branching, untied.args.tree_levels = before, "ib", 9
+        untied._strategy, untied._branching = make_strategy("ib"), "ib"
+    logs = [entry for entry in untied.state.log_history if "tree/generated_tokens" in entry]
+    assert len(switch.weights) == len(pairs) and len(logs) == STEPS * len(pairs)
+    for number, ((branching, _), weights) in enumerate(zip(pairs, switch.weights, strict=True)):
+        assert any(not torch.equal(each, switch.initial[name]) for name, each in weights.items()), branching
+        for log in logs[STEPS * number : STEPS * (number + 1)]:
+            assert log["sampling/sampling_logp_difference/mean"] < 0.05, branching
+            assert (log["tree/generated_tokens"] < log["tree/trajectory_tokens"]) == (branching != "independent")
 
 
 def test_prompt_that_leaves_no_room_is_named(untied):

@@ -640,12 +640,12 @@ ROWS = {
     "reward for messages gets text": (
         {"reward_funcs": [reads_messages]},
         RewardFunctionError,
-        r"'reads_messages' raised TypeError: .* Completions are text here, since prompts are: `completion`, not",
+        r"(?s)'reads_messages' raised TypeError: .* Completions are text here, since prompts are: `completion`, not",
     ),
     "reward for text gets messages": (
         {"reward_funcs": [reads_text], "train_dataset": tiny.questions(8, conversational=True)},
         RewardFunctionError,
-        r"'reads_text' raised AttributeError: .* lists of messages here, .*: `completion\[0\]\['content'\]` is the",
+        r"(?s)'reads_text' raised AttributeError: .* lists of messages here, .*: `completion\[0\]\['content'\]` is",
     ),
     "reward returns nothing": (
         {"reward_funcs": [returns_nothing]},

@@ -1,12 +1,12 @@
 """Which steps to branch: one short function per method, all behind `IBTPOConfig.branching`.
 
-A strategy gives every step of a tree a priority; `select_steps` takes the eligible steps of highest priority. A new
-method is a function with the signature of `ib` and a line in `STRATEGIES`; a user's own function is given to the
-trainer in place of a name, and works the same way.
+A strategy gives every step of a tree a priority, or every token; `select_steps` takes the eligible ones of highest
+priority. A new method is a function with the signature of `ib` and a line in `STRATEGIES`; a user's own function is
+given to the trainer in place of a name, and works the same way.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -20,8 +20,12 @@ class Strategy(Protocol):
     uses_rewards: bool = True
     """Whether it looks at rewards. A tree of one that does not (`False`) never waits for a reward, and knows none."""
 
+    forks: Literal["steps", "tokens"] = "steps"
+    """What it gives priorities to: `steps`, which are continued from where they end, or `tokens`, each of which is
+    sampled again, with what follows it (`RolloutTree.token_steps`); at each place once."""
+
     def __call__(self, tree: RolloutTree, scores: TreeScores, rng: np.random.Generator) -> np.ndarray:
-        """Priority of every step, `(N,)`; NaN is last.
+        """Priority of every step, `(N,)`, where NaN is last; or of every token, `(M,)`, where NaN is never chosen.
 
         Args:
             tree: as grown so far: token ids, log-probabilities, rewards. It must not be changed.
@@ -46,10 +50,18 @@ class LearningStrategy(Strategy, Protocol):
         """Go on with what `state_dict` returned."""
 
 
-def without_rewards(strategy: Callable) -> Callable:
-    """Mark a strategy that does not look at rewards, so that no tree waits for them."""
-    strategy.uses_rewards = False
-    return strategy
+def marked(**traits: Any) -> Callable:
+    """Give a function the attributes of a `Strategy` that differ from those it has otherwise."""
+
+    def mark(strategy: Callable) -> Callable:
+        for name, value in traits.items():
+            setattr(strategy, name, value)
+        return strategy
+
+    return mark
+
+
+without_rewards = marked(uses_rewards=False)
 
 
 def uses_rewards(strategy: Strategy | None) -> bool:
@@ -74,13 +86,160 @@ def random(tree: RolloutTree, scores: TreeScores, rng: np.random.Generator) -> n
     return rng.random(len(tree))
 
 
+@marked(uses_rewards=False, forks="tokens", rounds="rollout")
+def surprisal(tree: RolloutTree, scores: TreeScores, rng: np.random.Generator) -> np.ndarray:
+    """TreeRL's EPTree (arXiv 2506.11902): the sampled token of largest surprisal `-log pi(y_t)` is sampled again.
+
+    Each initial rollout grows a tree of its own: in each of L - 1 rounds K of its tokens are forked, with B
+    continuations each. No fork is forked again, so that the first token of a branch is none.
+    """
+    return -tree.token_logprobs()
+
+
+@marked(uses_rewards=False, rounds="levels")
+def segments(active: int, finished: int, just_finished: int, width: int, divergence: int) -> int:
+    """TreePO (arXiv 2508.17445): how many paths go on after a segment, spread evenly over those that are active.
+
+        max(a, min(max(W - f, 0), w f_now + w a))
+
+    Not a priority: segments are steps here, all paths of a tree are looked at after each (`segments.SegmentGrower`).
+
+    Args:
+        active: `a`, paths that go on after this segment.
+        finished: `f`, those that have ended by now.
+        just_finished: `f_now`, those that have ended with this segment.
+        width: `W`, leaves of the tree.
+        divergence: `w`, 2 in the paper: `tree_branches_per_node` and the path itself.
+    """
+    return max(active, min(max(width - finished, 0), divergence * (just_finished + active)))
+
+
+def contrast(tree: RolloutTree, scores: TreeScores, rng: np.random.Generator) -> np.ndarray:
+    """Where another answer is likeliest to come out for what it costs; ours, after TRACE (arXiv 2606.11119).
+
+        [r (1 - V) + (1 - r) V] * (1 - mean confidence) / new tokens
+
+    `r` is the outcome of the rollout that owns the step, the first one through it, and `V` its shrunken density, see
+    `shrunken_density`: so the bracket is the chance that the next rollout from here ends otherwise. The children's
+    confidence says how open the step is, and what is left of the rollouts through it how many tokens a branch costs.
+    A rollout without an outcome so far has `r = V`. docs/method.md derives it and says what was tried.
+    """
+    owner_N = np.zeros(len(tree), dtype=int)
+    for leaf in reversed(range(len(tree.leaves))):
+        owner_N[[0, *tree.path(tree.leaves[leaf])]] = leaf
+    value_N, outcome_N = shrunken_density(tree), np.array(tree.success)[owner_N]
+    outcome_N = np.where(np.isnan(outcome_N), value_N, outcome_N)
+    otherwise_N = outcome_N * (1 - value_N) + (1 - outcome_N) * value_N
+    tokens_N = tree.leaf_mean(tree.ends()[tree.leaves]) - tree.ends()
+    return otherwise_N * (1 - scores.mean_confidence) / np.maximum(tokens_N, 1)
+
+
+def shrunken_density(tree: RolloutTree, prior: float = 4.0) -> np.ndarray:
+    """`V`: chance of success from every step, `(N,)`, in (0, 1).
+
+    The mean of a Beta posterior whose data are the leaves under the step and whose prior has the mean of the parent's
+    posterior and counts as `prior` leaves; at the question it is uniform.
+
+        V(question) = (S + 1) / (n + 2)        V(step) = (S(step) + prior * V(parent)) / (n(step) + prior)
+    """
+    count_N = tree.known_leaves()
+    success_N = np.where(count_N > 0, np.nan_to_num(tree.density()) * count_N, 0.0)
+    value_N, parents = np.empty(len(tree)), tree.parents().tolist()
+    value_N[0] = (success_N[0] + 1) / (count_N[0] + 2)
+    for step in range(1, len(tree)):
+        value_N[step] = (success_N[step] + prior * value_N[parents[step]]) / (count_N[step] + prior)
+    return value_N
+
+
+class Pivot:
+    """DEEP-GRPO (arXiv 2602.14169): failed rollouts are continued from where they can probably still be saved.
+
+        P(step) ~ P(success | u) * u^gamma        u = its place in the rollout, in (0, 1]
+
+    `P(success | u)` is a logistic regression on how branches ended so far, over the whole training. Steps are drawn
+    without replacement (Gumbel's trick), from the initial rollouts that failed; where none did, from all of them.
+    """
+
+    uses_rewards = True
+    gamma = 0.1  # as in the authors' code, like the two numbers below
+    window = 10_000  # branches that are remembered
+    least = 10  # branches without which nothing is fitted
+
+    def __init__(self):
+        self.seen: list[tuple[float, float]] = []  # u, and whether a branch from there ended in success
+        self.slope = self.intercept = 0.0
+
+    def __call__(self, tree: RolloutTree, scores: TreeScores, rng: np.random.Generator) -> np.ndarray:
+        place_N, failed_N = self._places(tree)
+        # log(sigmoid) + gamma log(u) + Gumbel noise: the largest is a draw from the distribution
+        log_chance_N = -np.log1p(np.exp(-self.slope * place_N - self.intercept))
+        priority = log_chance_N + self.gamma * np.log(place_N) + rng.gumbel(size=len(tree))
+        if (failed_N & (scores.children > 0)).any():
+            priority[~failed_N] = np.nan
+        return priority
+
+    @staticmethod
+    def _places(tree: RolloutTree) -> tuple[np.ndarray, np.ndarray]:
+        """`u` of every step of the initial rollouts, NaN elsewhere, and whether its rollout failed; `(N,)` both."""
+        place_N, failed_N = np.full(len(tree), np.nan), np.zeros(len(tree), dtype=bool)
+        for leaf, round in enumerate(tree.rounds):
+            if round == 0:
+                path = tree.path(tree.leaves[leaf])
+                place_N[path] = np.arange(1, len(path) + 1) / max(len(path), 1)
+                failed_N[path] = tree.success[leaf] < 0.5
+        return place_N, failed_N
+
+    def evidence(self, tree: RolloutTree, scores: TreeScores) -> list[list[float]]:
+        place_N, _ = self._places(tree)
+        ends = [
+            [float(place_N[tree.branch_steps[leaf]]), float(tree.success[leaf] >= 0.5)]
+            for leaf, round in enumerate(tree.rounds)
+            if round > 0 and tree.success[leaf] == tree.success[leaf]
+        ]
+        return [each for each in ends if each[0] == each[0]]
+
+    def learn(self, evidence: Sequence[Sequence[float]]) -> None:
+        self.seen = [*self.seen, *((place, success) for place, success in evidence)][-self.window :]
+        self._fit()
+
+    def _fit(self) -> None:
+        """Newton's method for the logistic regression, with a penalty of half the squared slope."""
+        self.slope = self.intercept = 0.0
+        if len(self.seen) <= self.least or len({success for _, success in self.seen}) < 2:
+            return
+        place, success = np.array(self.seen).T
+        features, weights = np.stack([place, np.ones_like(place)], axis=1), np.zeros(2)
+        for _ in range(20):
+            chance = 1 / (1 + np.exp(-features @ weights))
+            gradient = features.T @ (chance - success) + [weights[0], 0]
+            curvature = features.T @ (features * (chance * (1 - chance))[:, None]) + np.diag([1, 0])
+            weights -= np.linalg.solve(curvature, gradient)
+        self.slope, self.intercept = weights.tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen = [(float(place), float(success)) for place, success in state["seen"]]
+        self._fit()
+
+
 # `independent` never branches: all G rollouts start at the question, as in GRPO. Of a class, each trainer has its own.
 STRATEGIES: dict[str, Strategy | type | None] = {
     "ib": ib,
     "confidence": confidence,
     "random": random,
+    "surprisal": surprisal,
+    "segments": segments,
+    "pivot": Pivot,
+    "contrast": contrast,
     "independent": None,
 }
+
+
+def rounds_of(name: str) -> Literal["tree", "rollout", "levels"]:
+    """What a round belongs to: the whole tree, one initial rollout and its branches, or a level of the tree."""
+    return getattr(STRATEGIES.get(name), "rounds", "tree")
 
 
 def make_strategy(name: str) -> Strategy | None:

@@ -15,18 +15,18 @@ Engine-agnostic and free of torch and TRL.
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 
-from .branching import Strategy, make_strategy, select_steps, uses_rewards
+from .branching import Strategy, make_strategy, rounds_of, select_steps, uses_rewards
 from .budget import LeafBudget, contrast
 from .engines.base import Clock, Rollout, RolloutEngine, RolloutRequest
 from .scores import StepConfidence, TreeScores, score_tree
 from .steps import StepSplitter, turn_ends
-from .tree import RolloutTree
+from .tree import RolloutTree, moved_by_split
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,22 @@ class GrowthSettings:
     step_confidence: StepConfidence = "geometric_mean"
     max_completion_length: int = 2048
     branch_lookahead: int = 0
+    answer_marker: Sequence[str] | None = None
     adaptive_budget: int | None = None
     success_range: tuple[float, float] | None = None
 
     @cached_property
     def leaves(self) -> int:
-        """`G = B0 + (L - 1) K B`: of every tree, or on average with `adaptive_budget`."""
-        return self.tree_initial_rollouts + (self.tree_levels - 1) * self.branches_per_round
+        """`G = B0 + (L - 1) K B`: of every tree, or on average with `adaptive_budget`.
+
+        Where every initial rollout has rounds of its own, `B0 (1 + (L - 1) K B)`.
+        """
+        return self.tree_initial_rollouts + (self.tree_levels - 1) * self.branches_per_round * self.groups
+
+    @cached_property
+    def groups(self) -> int:
+        """Parts of a tree that have rounds of their own: the tree, or each initial rollout with its branches."""
+        return self.tree_initial_rollouts if rounds_of(self.branching) == "rollout" else 1
 
     @property
     def branches_per_round(self) -> int:
@@ -63,14 +72,22 @@ CANDIDATES_KEPT = 32  # of the steps that a round chose from: bounded, however l
 
 @dataclass(frozen=True)
 class Choice:
-    """What one round chose, and the best of the steps that it chose from."""
+    """What one round chose, and the best of the steps that it chose from; of tokens, only what it chose."""
 
     round: int  # from 1
     steps: list[int]  # chosen
     candidates: list[int]  # eligible steps of highest priority, best first; those chosen are always among them
     priorities: list[float]  # of the candidates, as the strategy gave them: IB-Scores with `ib`
     deferred: list[int]  # candidates that could only be chosen last: a branch of theirs was under way
-    eligible: int  # how many steps could be chosen
+    eligible: int  # how many steps, or tokens, could be chosen
+
+    def after_split(self, step: int) -> "Choice":
+        """The same once `step` of the tree has been split."""
+        moved = {
+            name: [moved_by_split(index, step) for index in getattr(self, name)]
+            for name in ("steps", "candidates", "deferred")
+        }
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -91,6 +108,7 @@ class _Branch:
     after: int  # step it continues
     prefix: list[int]  # completion tokens before it
     start: int  # on the tree's clock
+    group: int  # 0, or the initial rollout that it belongs to where each has rounds of its own
     grafted: int = 0  # tokens that are in the tree, in whole steps
     rollout: Rollout | None = None
     reward: float | None = None  # NaN: unknown for good; None: not known yet
@@ -141,12 +159,13 @@ class TreeGrower:
         self._splitter = splitter
         self._seed = list(seed)
         # Without lookahead a round waits for all of the last one, so it does not matter who ended first.
-        self._clock: Clock = clock if settings.branch_lookahead else "polls"
+        self._clock: Clock = clock if settings.branch_lookahead or settings.groups > 1 else "polls"
         self._rng = np.random.default_rng([*self._seed, 0])
         self._now = 0  # ticks of the tree's clock
         self._branches: list[_Branch] = []  # every rollout submitted so far
         self._pending: list[_Branch] = []  # those that have not ended on the tree's clock
         self._branched: set[int] = set()
+        self._answers: dict[int, int] = {}  # of a leaf, completion tokens up to where its answer begins
         self._rewarded = 0
         self._choices: list[Choice] = []
 
@@ -167,10 +186,22 @@ class TreeGrower:
     @property
     def can_advance(self) -> bool:
         """Whether enough rollouts are complete that a round might start, or the tree be done."""
+        more = len(self._branches) < self.limit
+        if more and self.settings.groups > 1:
+            return any(self._can_start_rounds(group) for group in range(self.settings.groups))
         complete = sum([branch.complete for branch in self._pending])
         running = len(self._pending) - complete
-        more = len(self._branches) < self.limit
         return complete > 0 and running <= (self.settings.branch_lookahead if more else 0)
+
+    def _can_start_rounds(self, group: int) -> bool:
+        complete = [branch.complete for branch in self._pending if branch.group == group]
+        return any(complete) and complete.count(False) <= self.settings.branch_lookahead and self._has_rounds(group)
+
+    def _has_rounds(self, group: int) -> bool:
+        """Whether a group has rounds left."""
+        if self.settings.groups == 1:
+            return len(self._branches) < self.limit
+        return sum(branch.group == group for branch in self._branches) < self.settings.leaves // self.settings.groups
 
     def scores(self) -> TreeScores:
         """Scores of the tree as grown so far."""
@@ -218,14 +249,17 @@ class TreeGrower:
         if not self._branches:
             at_once = self._strategy is None and self.settings.adaptive_budget is None
             count = self.limit if at_once else self.settings.tree_initial_rollouts
-            return [self._submit(0) for _ in range(count)]
+            return [self._submit(0, rollout % self.settings.groups) for rollout in range(count)]
         requests: list[RolloutRequest] = []
         if not self._pending and len(self._branches) < self.limit:  # granted after it was done
-            requests += self._start_rounds(engine)
-        while self.can_advance and self._end_next(engine):
+            requests += self._start_rounds(0, [], engine)
+        while self.can_advance and (ended := self._end_next(engine)):
             # One rollout ends at a time, so that a decision knows what had ended by then and no more.
-            if len(self._branches) < self.limit and len(self._pending) <= self.settings.branch_lookahead:
-                requests += self._start_rounds(engine)
+            pending = self._pending
+            if self.settings.groups > 1:
+                pending = [branch for branch in pending if branch.group == ended.group]
+            if len(pending) <= self.settings.branch_lookahead and self._has_rounds(ended.group):
+                requests += self._start_rounds(ended.group, pending, engine)
         return requests
 
     def ticks_to_wait(self, engine: RolloutEngine) -> int | None:
@@ -239,7 +273,9 @@ class TreeGrower:
             return None  # sampled, but not rewarded
         return max((int(first - end) + 1 for end, _ in ahead), default=1)
 
-    def _start_rounds(self, engine: RolloutEngine | None) -> list[RolloutRequest]:
+    def _start_rounds(
+        self, group: int, pending: Sequence[_Branch], engine: RolloutEngine | None
+    ) -> list[RolloutRequest]:
         """A round, and as many more as make `branch_lookahead` more branches, all chosen with what is in the tree."""
         if self._may_stop and contrast(self.success) >= self.settings.adaptive_budget:
             self.limit = len(self._branches)
@@ -247,13 +283,61 @@ class TreeGrower:
         if self._strategy is None:
             portion = self.settings.tree_initial_rollouts if self._may_stop else self.limit
             return [self._submit(0) for _ in range(min(portion, self.limit - len(self._branches)))]
-        for branch in self._pending:
+        for branch in pending:
             self._graft_complete_steps(branch, engine)
         scores, requests = self.scores(), []
-        while len(self._branches) < self.limit and len(requests) <= self.settings.branch_lookahead:
-            steps = self._choose_steps(scores)
-            requests += [self._submit(step) for step in steps for _ in range(self.settings.tree_branches_per_node)]
+        while self._has_rounds(group) and len(requests) <= self.settings.branch_lookahead:
+            if getattr(self._strategy, "forks", "steps") == "tokens":
+                steps = self._choose_tokens(scores, group)
+                scores = self.scores()  # of the tree with the steps that forks have made
+            else:
+                steps = self._choose_steps(scores)
+            width = self.settings.tree_branches_per_node
+            requests += [self._submit(step, group) for step in steps for _ in range(width)]
         return requests
+
+    def _choose_tokens(self, scores: TreeScores, group: int) -> list[int]:
+        """The steps that end before the tokens of one round, which are sampled again."""
+        priority_M, step_M = self._strategy(self.tree, scores, self._rng), self.tree.token_steps()
+        first_M = np.searchsorted(step_M, step_M)  # the first token of the step that each token belongs to
+        closed_N = np.zeros(len(self.tree), dtype=bool)
+        closed_N[list(self._branched)] = True
+        closed_N[0] |= not self.settings.allow_root_branching
+        place_M = np.arange(len(step_M)) - first_M
+        eligible_M = ~np.isnan(priority_M) & ~np.isnan(self.tree.token_logprobs())
+        eligible_M &= (place_M > 0) | ~closed_N[scores.parents[step_M]]
+        ends_N = self.tree.ends()
+        eligible_M &= ends_N[scores.parents[step_M]] + place_M < self._answer_starts()[step_M]
+        if self.settings.groups > 1:
+            group_N = self.tree.leaf_mean([branch.group for branch in self._branches])
+            eligible_M &= group_N[step_M] == group
+        eligible = int(eligible_M.sum())
+        if not eligible:
+            self._choices.append(Choice(self._round(group), [0], [0], [math.nan], [], 0))
+            return [0] * self.settings.tree_nodes_per_level
+        tokens = select_steps(priority_M, eligible_M, self.settings.tree_nodes_per_level)
+        # From the last to the first, so that places before a split stay what they are.
+        places = {token: (int(step_M[token]), int(place_M[token])) for token in tokens}
+        forks: dict[int, int] = {}
+        for token in sorted(places, reverse=True):
+            step, offset = places[token]
+            if offset:
+                forks = {other: moved_by_split(fork, step) for other, fork in forks.items()}
+                forks[token] = self._split(step, offset)
+            else:
+                forks[token] = int(scores.parents[step])
+        steps = [forks[token] for token in tokens]
+        self._branched.update(steps)
+        self._choices.append(Choice(self._round(group), steps, steps, priority_M[tokens].tolist(), [], eligible))
+        return steps
+
+    def _split(self, step: int, tokens: int) -> int:
+        """Split a step of the tree and move up whatever is remembered of later ones."""
+        self._choices = [choice.after_split(step) for choice in self._choices]
+        self._branched = {moved_by_split(each, step) for each in self._branched}
+        for branch in self._pending:
+            branch.after = moved_by_split(branch.after, step)
+        return self.tree.split(step, tokens)
 
     def _choose_steps(self, scores: TreeScores) -> list[int]:
         """The steps of one round."""
@@ -293,7 +377,7 @@ class TreeGrower:
     def _eligible(self, scores: TreeScores) -> np.ndarray:
         """Steps that may be branched, boolean `(N,)`; the root where nothing else may be."""
         # A step with children has token budget left: its children used some.
-        eligible = scores.children > 0
+        eligible = (scores.children > 0) & (self.tree.ends() < self._answer_starts())
         eligible[0] = self.settings.allow_root_branching
         if not self.settings.allow_repeated_branching:
             eligible[list(self._branched)] = False
@@ -301,12 +385,17 @@ class TreeGrower:
             eligible[0] = True
         return eligible
 
-    def _submit(self, after: int) -> RolloutRequest:
-        submitted, prefix = len(self._branches), self.tree.prefix(after)
-        later = submitted - self.settings.tree_initial_rollouts  # below 0: an initial one
-        round = 0 if self._strategy is None else max(0, 1 + later // self.settings.branches_per_round)
-        leaf = self.tree.open(after, round)
-        self._branches.append(_Branch(leaf, after, prefix, start=self._now))
+    def _answer_starts(self) -> np.ndarray:
+        """Completion tokens before the answer, for the steps of trajectories that have one; infinite elsewhere."""
+        starts = np.full(len(self.tree), np.inf)
+        for leaf, start in self._answers.items():
+            starts[self.tree.path(self.tree.leaves[leaf])] = start
+        return starts
+
+    def _submit(self, after: int, group: int = 0) -> RolloutRequest:
+        leaf = self.tree.open(after, self._round(group))
+        prefix = self.tree.prefix(after)
+        self._branches.append(_Branch(leaf, after, prefix, self._now, group))
         self._pending.append(self._branches[-1])
         return RolloutRequest(
             request_id=(self.name, leaf),
@@ -314,6 +403,15 @@ class TreeGrower:
             max_tokens=self.settings.max_completion_length - len(prefix),
             seed=int(np.random.SeedSequence(np.array([*self._seed, 1, leaf], np.uint32)).generate_state(1)[0]),
         )
+
+    def _round(self, group: int) -> int:
+        """Which round of its group the next rollout belongs to; 0 for the initial ones."""
+        if self._strategy is None:
+            return 0
+        earlier = len(self._branches) - self.settings.tree_initial_rollouts  # below 0: an initial one
+        if self.settings.groups > 1 and earlier >= 0:
+            earlier = sum(branch.group == group for branch in self._branches) - 1
+        return max(0, 1 + earlier // self.settings.branches_per_round)
 
     def _end(self, branch: _Branch, engine: RolloutEngine | None) -> float:
         """When a rollout ends on the tree's clock; the earliest it can where it is still running."""
@@ -325,22 +423,26 @@ class TreeGrower:
             return math.inf  # no tree waits for what nobody can tell
         return branch.start + 1 + (0 if engine is None else engine.generated((self.name, branch.leaf)))
 
-    def _end_next(self, engine: RolloutEngine | None) -> bool:
-        """Let the rollout end that does so first on the tree's clock; false where it is not complete or not known."""
+    def _end_next(self, engine: RolloutEngine | None) -> _Branch | None:
+        """Let the rollout end that does so first on the tree's clock; none where it is not complete or not known."""
         # Of two that may end together the one not known comes first: what it has sampled by then is not known either.
         branch = min(self._pending, key=lambda each: (self._end(each, engine), each.complete, each.leaf))
         if not branch.complete:
-            return False
+            return None
         self._now = self._end(branch, engine)
         rollout, grafted = branch.rollout, branch.grafted
         token_ids, logprobs = rollout.token_ids[grafted:], rollout.logprobs[grafted:]
         self.tree.extend(branch.leaf, token_ids, logprobs, turn_ends(self._splitter.ends, token_ids, logprobs))
+        if self.settings.answer_marker:
+            answer = self._splitter.first(branch.prefix + rollout.token_ids, self.settings.answer_marker)
+            if answer is not None:
+                self._answers[branch.leaf] = answer
         if self.waits_for_rewards:
             self.tree.add_reward(branch.leaf, branch.reward)
         self._pending.remove(branch)
         self._reward_leaves()
         branch.rollout = None  # the tree owns it now
-        return True
+        return branch
 
     def _graft_complete_steps(self, branch: _Branch, engine: RolloutEngine | None) -> None:
         """Put the steps into the tree that a rollout has completed by the tree's clock; later ones do not count."""

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from trl import GRPOConfig
 
 from .advantages import ADVANTAGES, BY_VALUE, CreditSettings
-from .branching import STRATEGIES, uses_rewards
+from .branching import STRATEGIES, rounds_of, uses_rewards
 from .growth import GrowthSettings
 from .training.success import parse_rule
 from .values import VALUES
@@ -26,6 +26,12 @@ def _is_number(value: Any) -> bool:
 
 def _is_positive(value: Any) -> bool:
     return _is_number(value) and value > 0
+
+
+def _are_texts(value: Any) -> bool:
+    return (
+        isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(each, str) and each for each in value)
+    )
 
 
 def _is_range(value: Any) -> bool:
@@ -96,8 +102,20 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     (
         "step_delimiter",
-        lambda value: isinstance(value, str) and value != "",
-        "the text that ends a step, for example '\\n\\n'",
+        lambda value: _are_texts([value] if isinstance(value, str) else value),
+        "the text that ends a step, for example '\\n\\n', or a list of such texts",
+    ),
+    ("step_min_tokens", _is_whole, "a whole number of at least 1"),
+    (
+        "step_max_tokens",
+        lambda value: value is None or _is_whole(value),
+        "a whole number of at least 1, or None for no limit",
+    ),
+    ("step_noise", lambda value: _is_number(value) and 0 <= value <= 1, "a share between 0 and 1"),
+    (
+        "answer_marker",
+        lambda value: value is None or _are_texts(value),
+        "a list of texts that begin an answer, for example ['answer', 'conclusion'], or None",
     ),
 )
 
@@ -132,7 +150,8 @@ class IBTPOConfig(GRPOConfig):
             Rollouts that continue each chosen step. The paper's \( B \).
         num_generations (`int`, *optional*):
             Trajectories per question, on average with `adaptive_budget`. Derived: \( G = B_0 + (L - 1) K B \), 12
-            with the defaults. A different value is an error.
+            with the defaults; with `branching="surprisal"`, where every initial rollout has rounds of its own,
+            \( B_0 (1 + (L - 1) K B) \). A different value is an error.
         adaptive_budget (`int`, *optional*):
             How many right and how many wrong answers are enough for a question. Questions that have them stop after
             any round and give the rest of their \( G \) trajectories to those that lack an outcome; every question
@@ -144,8 +163,11 @@ class IBTPOConfig(GRPOConfig):
 
         branching (`str`, *optional*, defaults to `"ib"`):
             Which steps to branch: `"ib"` (highest IB-Score), `"confidence"` (lowest confidence first, needs no
-            reward), `"random"`, or `"independent"` (no tree: all rollouts start at the question). A function of your
-            own goes to the trainer: `IBTPOTrainer(..., branching=function)`, see docs/methods.md.
+            reward), `"random"`, `"surprisal"` (TreeRL: the most surprising tokens are sampled again), `"segments"`
+            (TreePO: paths are split after every step), `"pivot"` (DEEP-GRPO: failed rollouts, where they can be
+            saved), `"contrast"` (where another outcome is likeliest per token; this package's), or `"independent"` (no
+            tree: all rollouts start at the question). docs/methods.md has the rule of each, and how to give the
+            trainer a function of your own.
         allow_root_branching (`bool`, *optional*, defaults to `False`):
             Whether a round may choose the question itself. Where no other step can be branched, it is chosen anyway.
         allow_repeated_branching (`bool`, *optional*, defaults to `True`):
@@ -162,8 +184,19 @@ class IBTPOConfig(GRPOConfig):
         ib_beta (`float`, *optional*, defaults to `5.0`):
             Weight of the information about the answer in the IB-Score. The paper's \( \beta \); `beta` remains the
             KL coefficient.
-        step_delimiter (`str`, *optional*, defaults to `"\n\n"`):
-            Text that ends a step.
+        answer_marker (`list[str]`, *optional*):
+            Texts that begin an answer, for example `["answer", "conclusion"]` (TreeRL): nothing is branched after the
+            first of them in a completion.
+        step_delimiter (`str` or `list[str]`, *optional*, defaults to `"\n\n"`):
+            Text that ends a step, or several of which each does.
+        step_min_tokens (`int`, *optional*, defaults to `1`):
+            Tokens that a step has at least: a delimiter before that does not end it.
+        step_max_tokens (`int`, *optional*):
+            Tokens after which a step ends without a delimiter. With the same number as `step_min_tokens`, steps have
+            that length whatever the text.
+        step_noise (`float`, *optional*, defaults to `0.0`):
+            Share of step ends that are moved back in the text at random, by at most the length of the step. To see how
+            much depends on where steps end; the paper reports that 0.1 changes nothing.
         step_confidence (`str`, *optional*, defaults to `"geometric_mean"`):
             Probability of a step under the sampling policy, \( \pi(s) \): `"geometric_mean"` per token or `"joint"`.
         success_reward (`str` or `tuple[str, str, float]`, *optional*):
@@ -374,9 +407,27 @@ class IBTPOConfig(GRPOConfig):
         default=5.0,
         metadata={"help": "Weight of the information about the answer in the IB-Score. The paper's beta."},
     )
-    step_delimiter: str = field(
+    answer_marker: list[str] | None = field(
+        default=None,
+        metadata={"help": "Texts that begin an answer: nothing is branched after the first of them in a completion."},
+    )
+    step_delimiter: str = field(  # one on a command line; a list of them in Python and in a YAML file
         default="\n\n",
-        metadata={"help": "Text that ends a step."},
+        metadata={"help": "Text that ends a step, or several of which each does."},
+    )
+    step_min_tokens: int = field(
+        default=1,
+        metadata={"help": "Tokens that a step has at least: a delimiter before that does not end it."},
+    )
+    step_max_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Tokens after which a step ends without a delimiter. If `None`, there is no limit."},
+    )
+    step_noise: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of step ends that are moved back in the text at random, by at most the length of the step."
+        },
     )
     step_confidence: str = field(
         default="geometric_mean",
@@ -506,11 +557,19 @@ class IBTPOConfig(GRPOConfig):
         self._check_credit()
         group = self.growth_settings.leaves
         if self.num_generations not in (None, group):
+            per_tree = self.growth_settings.groups == 1
+            terms = (
+                "tree_initial_rollouts + (tree_levels - 1) * tree_nodes_per_level * tree_branches_per_node"
+                if per_tree
+                else "tree_initial_rollouts * (1 + (tree_levels - 1) * tree_nodes_per_level * tree_branches_per_node)"
+            )
+            names = ("tree_initial_rollouts", "tree_levels", "tree_nodes_per_level", "tree_branches_per_node")
+            values = terms
+            for name in names:
+                values = values.replace(name, str(getattr(self, name)))
             raise ValueError(
-                f"`num_generations` is {self.num_generations!r}, but the tree has {group} trajectories: "
-                f"tree_initial_rollouts + (tree_levels - 1) * tree_nodes_per_level * tree_branches_per_node = "
-                f"{self.tree_initial_rollouts} + ({self.tree_levels} - 1) * {self.tree_nodes_per_level} * "
-                f"{self.tree_branches_per_node} = {group}. Leave `num_generations` out, or change the tree"
+                f"`num_generations` is {self.num_generations!r}, but the tree has {group} trajectories: {terms} = "
+                f"{values} = {group}. Leave `num_generations` out, or change the tree"
                 f"{self._shape_for(self.num_generations)}."
             )
         self.num_generations = group
@@ -554,7 +613,7 @@ class IBTPOConfig(GRPOConfig):
 
     def _shape_for(self, leaves: Any) -> str:
         """Which field gives the tree that many trajectories, in words that end a sentence."""
-        if not _is_whole(leaves, 2):
+        if not _is_whole(leaves, 2) or self.growth_settings.groups > 1:
             return ""
         per_round = self.growth_settings.branches_per_round
         rounds, rest = divmod(leaves - self.tree_initial_rollouts, per_round)
@@ -587,10 +646,27 @@ class IBTPOConfig(GRPOConfig):
                     f"`success_range` is {self.success_range} and `success_reward` is {self.success_reward}, but what "
                     "a threshold says is true or false and has no range. Leave `success_range` out."
                 )
+        if self.step_max_tokens is not None and self.step_max_tokens < self.step_min_tokens:
+            raise ValueError(
+                f"`step_max_tokens` is {self.step_max_tokens}, but `step_min_tokens` is {self.step_min_tokens}. "
+                "Give a maximum that is at least the minimum."
+            )
+        if self.branching == "segments":
+            for name, unused in (("branch_lookahead", 0), ("answer_marker", None)):
+                if getattr(self, name) != unused:
+                    raise ValueError(
+                        f"`{name}` is {getattr(self, name)!r}, which has no meaning with `branching='segments'`: all "
+                        "paths are split after every step, without rounds. Leave it out."
+                    )
 
     def _check_budget(self) -> None:
         if self.adaptive_budget is None:
             return
+        if rounds_of(self.branching) != "tree":
+            raise ValueError(
+                f"`adaptive_budget` is {self.adaptive_budget}, but `branching` is {self.branching!r}, which has no "
+                "rounds of the whole tree after which a question could stop. Use another, for example 'confidence'."
+            )
         if self.tree_levels == 1:
             raise ValueError(
                 f"`adaptive_budget` is {self.adaptive_budget}, but `tree_levels` is 1: every question keeps its "

@@ -165,7 +165,9 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
         self._success = Success(self.reward_func_names, args.success_reward, args.success_range, success_func)
         self._success_steers = args.success_steers or (branching is not None and uses_rewards(branching))
         self._start_reports()
-        self._splitter = StepSplitter(self._tokenizer, args.step_delimiter)
+        self._splitter = StepSplitter(
+            self._tokenizer, args.step_delimiter, args.step_min_tokens, args.step_max_tokens, args.step_noise
+        )
         self._tree_inputs: list[dict[str, Any]] = []  # dataset rows of the generation batch being made
         self._grown: list[GrownTree] = []
         self._token_advantages: list[TokenAdvantages] = []

@@ -12,18 +12,22 @@ by the steps of its continuation are the steps of the whole:
 Where a completion has several turns, the end of a turn ends a step too, and what follows it that nobody sampled (the
 observation, such as the result of a tool) belongs to that step: `turn_ends`.
 
+Steps may also be limited in tokens, or their ends moved at random: `limited_ends`.
+
 Pure Python: the tokenizer is only asked for the text of single tokens.
 """
 
+import random
 from collections.abc import Callable, Sequence
+from zlib import crc32
 
 
-def step_ends(token_texts: Sequence[bytes], delimiter: bytes) -> list[int]:
+def step_ends(token_texts: Sequence[bytes], *delimiters: bytes) -> list[int]:
     """End positions of the steps of one completion.
 
     Args:
         token_texts: UTF-8 bytes of each token, `b""` for special tokens. Shape `(T,)`.
-        delimiter: bytes that end a step.
+        delimiters: bytes that end a step; whichever comes first.
 
     Returns:
         Increasing exclusive ends; the last is `T`. Empty for an empty completion.
@@ -33,9 +37,9 @@ def step_ends(token_texts: Sequence[bytes], delimiter: bytes) -> list[int]:
     for position, token_text in enumerate(token_texts):
         searched = len(text)
         # At every token, since a delimiter at the head may itself be split across tokens.
-        text = _skip_blank_head(text + token_text, delimiter)
+        text = _skip_blank_head(text + token_text, delimiters)
         # Only the tail can hold a delimiter that was not there before this token.
-        if text.find(delimiter, max(0, searched - len(delimiter) + 1)) != -1:
+        if any(text.find(each, max(0, searched - len(each) + 1)) != -1 for each in delimiters):
             ends.append(position + 1)
             text = b""
     if len(token_texts) and (not ends or ends[-1] != len(token_texts)):
@@ -43,13 +47,53 @@ def step_ends(token_texts: Sequence[bytes], delimiter: bytes) -> list[int]:
     return ends
 
 
-def _skip_blank_head(text: bytes, delimiter: bytes) -> bytes:
+def _skip_blank_head(text: bytes, delimiters: Sequence[bytes]) -> bytes:
     """Drop white space and whole delimiters from the head of a step."""
     while True:
-        stripped = text.lstrip().removeprefix(delimiter)
+        stripped = text.lstrip()
+        for delimiter in delimiters:
+            stripped = stripped.removeprefix(delimiter)
         if stripped == text:
             return text
         text = stripped
+
+
+def limited_ends(
+    ends: Callable[[int], list[int]],
+    token_ids: Sequence[int],
+    min_tokens: int = 1,
+    max_tokens: int | None = None,
+    noise: float = 0.0,
+) -> list[int]:
+    """End positions of steps of `min_tokens` to `max_tokens` tokens, some of them moved at random.
+
+    A step ends with the first delimiter that is complete when it has `min_tokens`, and after `max_tokens` without
+    one. A share `noise` of those ends come later, by 1 token up to the length of the step, drawn uniformly. The draw
+    depends on the tokens of the step alone, so that a step ends in one place however often it is looked at.
+
+    Args:
+        ends: of the tokens from a place on, ends of their steps by delimiter alone, counted from there.
+        token_ids: `(T,)`.
+        min_tokens, max_tokens, noise: see above. Only the last step may be shorter.
+    """
+    found: list[int] = []
+    start, total = 0, len(token_ids)
+    fixed = min_tokens == max_tokens  # then no delimiter has a say
+    delimited = [total] if fixed else ends(0)
+    while start < total:
+        end = next(end for end in delimited if end - start >= min_tokens or end == total)
+        if max_tokens is not None:
+            end = min(end, start + max_tokens)
+        if noise and end < total:
+            draw = random.Random(crc32(repr(list(token_ids[start:end])).encode()))
+            if draw.random() < noise:
+                end = min(total, end + draw.randint(1, end - start))
+        found.append(end)
+        start = end
+        if not fixed and end not in delimited:
+            delimited = [start + each for each in ends(start)]
+        delimited = [each for each in delimited if each > start]
+    return found
 
 
 def turn_ends(
@@ -98,24 +142,50 @@ class StepSplitter:
 
     Args:
         tokenizer: a `PreTrainedTokenizerBase`.
-        delimiter: text that ends a step, not empty.
+        delimiter: text that ends a step, not empty, or several.
+        min_tokens, max_tokens, noise: see `limited_ends`.
     """
 
-    def __init__(self, tokenizer, delimiter: str = "\n\n"):
-        if not delimiter:
+    def __init__(
+        self,
+        tokenizer,
+        delimiter: str | Sequence[str] = "\n\n",
+        min_tokens: int = 1,
+        max_tokens: int | None = None,
+        noise: float = 0.0,
+    ):
+        self.delimiters = [each.encode() for each in ([delimiter] if isinstance(delimiter, str) else delimiter)]
+        if not all(self.delimiters) or not self.delimiters:
             raise ValueError("`step_delimiter` is empty; give the text that ends a step, for example '\\n\\n'.")
         self.tokenizer = tokenizer
-        self.delimiter = delimiter.encode()
+        self._limits = (min_tokens, max_tokens, noise)
+        self._delimiter_bytes = set(b"".join(self.delimiters))
         # Special are also the added tokens that have no role of their own, such as the turn markers of chat templates.
         added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special_ids = frozenset(tokenizer.all_special_ids) | added
         self._byte_level = _is_byte_level(tokenizer)
         self._texts: dict[int, bytes] = {}
         self._plain: set[int] = set()  # tokens that say something and hold no byte of the delimiter
-        self._plain_text = next(bytes([byte]) for byte in range(0x21, 0x7F) if byte not in self.delimiter)
+        self._plain_text = next(bytes([byte]) for byte in range(0x21, 0x7F) if byte not in self._delimiter_bytes)
 
     def ends(self, token_ids: Sequence[int]) -> list[int]:
-        """Exclusive end positions of the steps of `token_ids` (see `step_ends`)."""
+        """Exclusive end positions of the steps of `token_ids` (see `step_ends` and `limited_ends`)."""
+        if self._limits == (1, None, 0.0):
+            return self._ends_by_text(token_ids)
+        return limited_ends(lambda start: self._ends_by_text(token_ids[start:]), token_ids, *self._limits)
+
+    def first(self, token_ids: Sequence[int], texts: Sequence[str]) -> int | None:
+        """Position after the first token that completes one of `texts`; None where none does."""
+        whole, wanted = b"", [text.encode() for text in texts]
+        longest = max(map(len, wanted))
+        for position, token_id in enumerate(token_ids, 1):
+            added = self.text(token_id)
+            whole = whole[-longest:] + added
+            if any(each in whole for each in wanted):
+                return position
+        return None
+
+    def _ends_by_text(self, token_ids: Sequence[int]) -> list[int]:
         # A run of plain tokens, which is most of a text, neither ends a step nor is part of a delimiter: whatever it
         # says, it may stand for one plain token.
         texts, positions, read = [], [], 0
@@ -130,14 +200,14 @@ class StepSplitter:
         if len(token_ids) > read:
             texts.append(self._plain_text)
             positions.append(len(token_ids))
-        return [positions[end - 1] for end in step_ends(texts, self.delimiter)]
+        return [positions[end - 1] for end in step_ends(texts, *self.delimiters)]
 
     def text(self, token_id: int) -> bytes:
         """UTF-8 bytes that `token_id` adds to a text; `b""` for special tokens."""
         text = self._texts.get(token_id)
         if text is None:
             text = self._texts[token_id] = self._look_up(token_id)
-            if text.strip() and not set(text) & set(self.delimiter):
+            if text.strip() and not set(text) & self._delimiter_bytes:
                 self._plain.add(token_id)
         return text
 

@@ -146,6 +146,43 @@ class RolloutTree:
         self.leaves[leaf] = first + count - 1
         self._steps = None
 
+    def split(self, step: int, tokens: int) -> int:
+        """Make the first tokens of a step a step of their own, so that rollouts can continue from inside it.
+
+        The new step takes the place of the old one, which keeps the other tokens and moves up by one, as all later
+        steps do: whoever remembers the index of a step adds 1 to those from `step` on.
+
+        Args:
+            step: not the root.
+            tokens: how many, at least 1; at least one sampled token must be left.
+
+        Returns:
+            The new step, `step`.
+        """
+        parent, piece = self._parents[step], self._pieces[self._piece_of[step]]
+        own = self._ends[step] - self._ends[parent] - self._observed[step]
+        if not 0 < tokens < own:
+            raise ValueError(f"Step {step} has {own} sampled tokens; its head must have 1 to {own - 1}, not {tokens}.")
+        offset, middle = self._ends[piece.after], self._ends[parent] + tokens
+        head = piece.logprobs[self._ends[parent] - offset : middle - offset]
+        rest = piece.logprobs[middle - offset : self._ends[step] - offset]
+        for indices in (self._parents, self.leaves, self.branch_steps):
+            for place, index in enumerate(indices):
+                indices[place] = moved_by_split(index, step)
+        self._pieces = [each._replace(after=moved_by_split(each.after, step)) for each in self._pieces]
+        self._parents.insert(step, parent)
+        self._parents[step + 1] = step
+        self._ends.insert(step, middle)
+        self._child_counts.insert(step, 1)
+        self._observed.insert(step, 0)
+        for column in (self._piece_of, self._success_sums, self._success_counts):
+            column.insert(step, column[step])
+        for column, values in zip((self._logprob_sums, self._logprob_counts), _known_sum(head), strict=True):
+            column.insert(step, values)
+        self._logprob_sums[step + 1], self._logprob_counts[step + 1] = _known_sum(rest)
+        self._steps = None
+        return step
+
     def add_reward(self, leaf: int, reward: float) -> None:
         """What the reward function that names success gave to a whole trajectory; NaN where it gave nothing.
 
@@ -225,6 +262,20 @@ class RolloutTree:
             sampled[self._ends[step] - self._observed[step] : self._ends[step]] = False
         return sampled
 
+    def token_steps(self) -> np.ndarray:
+        """Which step every token of the tree belongs to, `(M,)`: in the order of steps, each token once."""
+        ends = np.array(self._ends)
+        return np.repeat(np.arange(len(self)), ends - np.where(ends > 0, ends[self._parents], 0))
+
+    def token_logprobs(self) -> np.ndarray:
+        """Sampling log-probability of every token of the tree, `(M,)`; NaN for observations and where unknown."""
+        own = []
+        for step in range(1, len(self)):
+            piece = self._pieces[self._piece_of[step]]
+            offset = self._ends[piece.after]
+            own.append(piece.logprobs[self._ends[self._parents[step]] - offset : self._ends[step] - offset])
+        return np.concatenate(own) if own else np.empty(0)
+
     def child_counts(self) -> np.ndarray:
         """Number of children of every step, `(N,)`."""
         return np.array(self._child_counts)
@@ -233,6 +284,10 @@ class RolloutTree:
         """`p(s)`: mean success of the leaves under every step, `(N,)`; NaN where none is known."""
         counts = np.array(self._success_counts)
         return np.array(self._success_sums) / np.where(counts > 0, counts, np.nan)
+
+    def known_leaves(self) -> np.ndarray:
+        """Number of leaves under every step whose success is known, `(N,)`."""
+        return np.array(self._success_counts)
 
     def mean_logprobs(self) -> np.ndarray:
         """Mean sampling log-probability of the tokens of every step, `(N,)`; 0 where none is known."""
@@ -275,6 +330,20 @@ class RolloutTree:
     def trajectory_tokens(self) -> int:
         """Tokens of all trajectories, observations included, a shared prefix counted once per trajectory."""
         return sum(self._ends[leaf] for leaf in self.leaves)
+
+
+def moved_by_split(index: int, step: int) -> int:
+    """What the index of a step becomes when `step` is split (`RolloutTree.split`): where it ended, it still ends."""
+    return index + (index >= step)
+
+
+def _known_sum(logprobs: Sequence[float]) -> tuple[float, int]:
+    """Sum of the log-probabilities that are known, and how many these are."""
+    total = sum(logprobs)
+    if not isnan(total):
+        return total, len(logprobs)
+    numbers = [logprob for logprob in logprobs if not isnan(logprob)]
+    return sum(numbers), len(numbers)
 
 
 def _sums(logprobs: Sequence[float], step_ends: Sequence[int]) -> list[float]:

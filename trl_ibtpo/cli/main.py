@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.debug:
         for name in CHATTY:
             logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger("DeepSpeed").addFilter(
+            lambda record: "Setting accelerator to CPU" not in record.getMessage()
+        )
     try:
         return importlib.import_module(f".{args.command}", __package__).run(rest)
     except (Exception, KeyboardInterrupt) as error:

@@ -37,7 +37,11 @@ def make_parser() -> Parser:
     for field in dataclasses.fields(IBTPOConfig):
         if field.name in CONFIG_FIELDS:
             is_switch = isinstance(field.default, bool)
-            kind = {"action": argparse.BooleanOptionalAction} if is_switch else {"type": type(field.default)}
+            kind = {"type": type(field.default)}
+            if is_switch:
+                kind = {"action": argparse.BooleanOptionalAction}
+            elif field.default is None:  # a list of texts or of numbers
+                kind = {"nargs": "+", "type": str if "str" in str(field.type) else float}
             parser.option(field.name, **kind, default=field.default, **field.metadata)
     return parser
 

@@ -149,14 +149,15 @@ def _check_generation_kwargs(args: GRPOConfig) -> None:
                 "rollout starts: a branch would not count the prefix that it shares. Leave it out (the field "
                 "`repetition_penalty` does count prefixes), or train with TRL's GRPOTrainer."
             )
-    stops, delimiter = generation_kwargs.get("stop") or [], args.step_delimiter
+    stops, delimiters = generation_kwargs.get("stop") or [], args.step_delimiter
+    delimiters = [delimiters] if isinstance(delimiters, str) else delimiters
     for stop in [stops] if isinstance(stops, str) else stops:
         heads = [stop[:length] for length in range(1, len(stop))]
-        if any(delimiter.endswith(head) or head.endswith(delimiter) for head in heads):
+        if any(each.endswith(head) or head.endswith(each) for head in heads for each in delimiters):
             raise ValueError(
                 f"`generation_kwargs` sets `stop` to {stops!r}, but {stop!r} may begin with the end of a step "
-                f"(`step_delimiter` is {delimiter!r}) and go on in a branch, which it would not end. Give a text that "
-                "neither begins with the end of the delimiter nor holds the whole of it before its own end."
+                f"(`step_delimiter` is {args.step_delimiter!r}) and go on in a branch, which it would not end. Give "
+                "a text that neither begins with the end of a delimiter nor holds the whole of one before its own end."
             )
 
 

@@ -15,12 +15,14 @@ from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import unwrap_model_for_generation
 
+from ..branching import uses_rewards
 from ..engines.base import RolloutEngine
 from ..engines.transformers import TransformersEngine, unsharded
 from ..engines.turns import TurnEngine
 from ..engines.vllm import VLLMEngine
 from ..engines.vllm_server import VLLMServerEngine
 from ..growth import GrownTree, TreeGrower, drive, leaf_budget
+from ..segments import make_grower
 from . import checks
 from .environments import close
 from .rewards import RewardScorer
@@ -153,7 +155,7 @@ class TreeGeneration:
             share = batch * self.accelerator.num_processes + self.accelerator.process_index
             prompt_index = share * len(prompt_ids) // group + len(growers)
             growers.append(
-                TreeGrower(
+                make_grower(
                     rows[0],
                     replace(settings, max_completion_length=budget),
                     self._splitter,
@@ -282,6 +284,7 @@ class TreeGeneration:
             chat_template_kwargs=self.chat_template_kwargs,
             device=self.accelerator.device,
             timeout=self.args.reward_timeout,
+            postpone=not uses_rewards(self._strategy) and self.args.adaptive_budget is None,
             uneven=uneven,
         )
 

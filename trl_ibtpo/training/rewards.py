@@ -4,9 +4,9 @@ Functions get the arguments that TRL gives them (`prompts`, `completions`, `comp
 `trainer_state`, `log_extra`, `log_metric`); a call covers the leaves that finished together, so its lists are shorter
 than the generation batch. What a function logs is put back into the order of the rows.
 
-Synchronous functions and reward models run at once; asynchronous ones run on TRL's event loop while trees go on
-growing. Both kinds of function can be given a time limit; what they do not score in time is unknown, as if they had
-returned None. Reward models are not limited.
+Synchronous functions and reward models run at once, or, where no tree waits for rewards, when nothing is left to
+sample; asynchronous ones run on TRL's event loop while trees go on growing. Both kinds of function can be given a time
+limit; what they do not score in time is unknown, as if they had returned None. Reward models are not limited.
 """
 
 import asyncio
@@ -57,6 +57,7 @@ class _Call:
     rows: list[int]
     arguments: dict[str, Any]
     pending: dict[concurrent.futures.Future, int] = field(default_factory=dict)  # future to reward function
+    postponed: bool = False  # whether synchronous functions have yet to see them
     submitted: float = field(default_factory=time.monotonic)
 
 
@@ -78,6 +79,8 @@ class RewardScorer:
         chat_template_kwargs: passed to the chat template of reward models.
         device: of the reward models.
         timeout: seconds that one call of a function may take; reward models are not limited.
+        postpone: leave synchronous functions and models until somebody waits for a reward: generation does not stand
+            still meanwhile, and without a time limit each of them is called once.
     """
 
     patience = 30.0  # seconds beyond the limit after which an event loop that did not keep it counts as stuck
@@ -100,6 +103,7 @@ class RewardScorer:
         chat_template_kwargs: dict[str, Any],
         device: torch.device,
         timeout: float | None = None,
+        postpone: bool = False,
         uneven: bool = False,
     ):
         self.rewards = np.full((len(inputs), len(reward_funcs)), np.nan, dtype=np.float32)
@@ -124,6 +128,7 @@ class RewardScorer:
         self._chat_template_kwargs = chat_template_kwargs
         self._device = device
         self._timeout = timeout
+        self._postpone = postpone
         self._calls: list[_Call] = []
 
     def submit(self, leaves: Sequence[tuple[int, int, list[int]]]) -> None:
@@ -149,9 +154,28 @@ class RewardScorer:
             leaves, rows, completion_ids, inputs = (
                 [each[at] for at in kept] for each in (leaves, rows, completion_ids, inputs)
             )
+        call = self._make_call([(tree, number) for tree, number, _ in leaves], rows, inputs, completion_ids)
+        # Asynchronous functions first: they run while the synchronous ones compute.
+        for index, func in enumerate(self._reward_funcs):
+            if not isinstance(func, nn.Module) and is_async_callable(func):
+                coroutine = _await(func, call.arguments, self._timeout)
+                future = asyncio.run_coroutine_threadsafe(coroutine, self._event_loop)
+                call.pending[future] = index
+        self._calls.append(call)
+        call.postponed = self._postpone
+        if not call.postponed:
+            self._run_synchronous(call)
+
+    def _make_call(
+        self,
+        leaves: list[tuple[int, int]],
+        rows: list[int],
+        inputs: Sequence[dict[str, Any]],
+        completion_ids: list[list[int]],
+    ) -> _Call:
         columns = [key for key in inputs[0] if key not in ("prompt", "completion", "completion_ids")]
-        call = _Call(
-            leaves=[(tree, number) for tree, number, _ in leaves],
+        return _Call(
+            leaves=leaves,
             rows=rows,
             arguments={
                 **{key: [row[key] for row in inputs] for key in columns},
@@ -166,26 +190,41 @@ class RewardScorer:
                 "log_metric": lambda name, value: self.metrics.setdefault(name, []).append((value, len(rows))),
             },
         )
-        # Asynchronous functions first: they run while the synchronous ones compute.
-        for index, func in enumerate(self._reward_funcs):
-            if not isinstance(func, nn.Module) and is_async_callable(func):
-                coroutine = _await(func, call.arguments, self._timeout)
-                future = asyncio.run_coroutine_threadsafe(coroutine, self._event_loop)
-                call.pending[future] = index
-        self._calls.append(call)
+
+    def _run_synchronous(self, call: _Call) -> None:
         for index, func in enumerate(self._reward_funcs):
             if isinstance(func, nn.Module):
                 self._record(call, index, lambda index=index: self._run_model(index, call.arguments))
             elif not is_async_callable(func):
                 self._record(call, index, self._limited(index, partial(func, **call.arguments)))
 
+    def _run_postponed(self) -> None:
+        """Let synchronous functions see what they have not seen, in one call unless a time limit may cut it short."""
+        postponed = [call for call in self._calls if call.postponed]
+        if self._timeout is None and postponed:
+            ids_of = {
+                row: ids
+                for call in postponed
+                for row, ids in zip(call.rows, call.arguments["completion_ids"], strict=True)
+            }
+            rows = sorted(ids_of)
+            leaves = [divmod(row, self._leaves_per_tree) for row in rows]
+            inputs = [self._inputs[row] for row in rows]
+            self._run_synchronous(self._make_call(leaves, rows, inputs, [ids_of[row] for row in rows]))
+        for call in postponed:
+            if self._timeout is not None:
+                self._run_synchronous(call)
+            call.postponed = False
+
     def collect(self, wait: bool) -> list[tuple[int, int, float]]:
+        if wait:
+            self._run_postponed()
         while True:
             for call in self._calls:
                 for future in [future for future in call.pending if future.done()]:
                     self._record(call, call.pending.pop(future), future.result)
-            complete = [call for call in self._calls if not call.pending]
-            self._calls = [call for call in self._calls if call.pending]
+            complete = [call for call in self._calls if not call.pending and not call.postponed]
+            self._calls = [call for call in self._calls if call.pending or call.postponed]
             if complete or not wait or not self._calls:
                 break
             # One of several functions may finish first, which completes no leaf yet.

@@ -56,6 +56,7 @@ class Library:
         self.problems: list[str] = []  # a line for each record that cannot be read
         self._places: list[_Place] = []
         self._seen: dict[Path, tuple[int, int]] = {}  # size and time of the files listed so far
+        self._curves: dict[int, tuple[Any, list]] = {}  # of each run, and of what file of logs
         self.refresh()
 
     def refresh(self) -> None:
@@ -79,7 +80,11 @@ class Library:
 
     def curves(self, run: int) -> list[dict[str, Any]]:
         """Names and `[step, value]` points of the curves that a run has logged."""
-        logs = read_logs(self.sources[run])
+        source = self.sources[run]
+        stamp = [_stamp(folder / METRICS) for folder in (source / "trees", source, source.parent)]
+        if run in self._curves and any(stamp) and self._curves[run][0] == stamp:
+            return self._curves[run][1]
+        logs = read_logs(source)
         curves = []
         for name, keys in CURVES.items():
             for key in keys:
@@ -89,6 +94,7 @@ class Library:
                     points = [[step, 1 - value if flip else value] for step, value in sorted(points.items())]
                     curves.append({"name": name, "metric": f"1 - {key}" if flip else key, "points": points})
                     break
+        self._curves[run] = stamp, curves
         return curves
 
     def _list(self, run: int, path: Path) -> None:

@@ -162,7 +162,19 @@ def as_question(prompt: str | Sequence[Mapping[str, Any]]) -> Record:
 
 def dump_record(record: Record) -> str:
     """One line of strict JSON in ASCII, which any text survives, lone surrogates too."""
-    return json.dumps(record, allow_nan=False, separators=(",", ":"))
+    try:
+        return json.dumps(record, allow_nan=False, separators=(",", ":"))
+    except ValueError:  # a field of others with a number that is not finite
+        return json.dumps(_finite(record), allow_nan=False, separators=(",", ":"))
+
+
+def _finite(value: Any) -> Any:
+    """With None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_part(message: Mapping[str, Any]) -> Record:

@@ -7,6 +7,7 @@ from threading import Lock
 
 from .library import Library
 from .page import index_of, served_page
+from .records import dump_record
 
 HOST = "127.0.0.1"
 
@@ -43,7 +44,7 @@ def make_server(library: Library, port: int = 0) -> ThreadingHTTPServer:
                 )
             elif tree and int(tree[1]) == library.version and int(tree[2]) < len(library.entries):
                 try:
-                    self._send(json.dumps(library.record(int(tree[2]))), "application/json")
+                    self._send(dump_record(library.record(int(tree[2]))), "application/json")
                 except (OSError, ValueError):  # it was replaced a moment ago
                     self.send_error(410)
             else:

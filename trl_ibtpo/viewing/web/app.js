@@ -27,8 +27,7 @@ async function openTree(entry, { beside = "same" } = {}) {
   byId("tables").replaceChildren(...panes.map((pane) => pane.table));
   if (!settings.foldChosen) settings.fold = byId("fold").checked = models.some((model) => model.nodes.length > 160);
   drawCompare(entry);
-  search();
-  panes.forEach((pane) => pane.draw());
+  search(); // which draws
   drawInspector(panes[0]);
   say(`Tree ${byId("where").textContent}: ${snippet(index.entries[entry].question, 80)}`);
   if (!index.served) location.hash.slice(1) !== String(entry) && history.replaceState(null, "", `#${entry}`);
@@ -87,18 +86,19 @@ function setUpControls() {
   byId("search").addEventListener("keydown", (event) => { if (event.key === "Enter") search(true); });
   let before = innerWidth;
   addEventListener("resize", () => { if (innerWidth !== before) { before = innerWidth; redraw(); } });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { redraw(); drawCurves(); });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { theme = null; redraw(); });
 }
 
 function setUpTheme() {
   const names = { "": ["\u25d0", "as the system"], light: ["\u2600", "light"], dark: ["\u263d", "dark"] };
   const button = byId("theme");
-  const show = (theme) => {
-    if (theme) document.documentElement.dataset.theme = theme;
+  const show = (chosen) => {
+    if (chosen) document.documentElement.dataset.theme = chosen;
     else delete document.documentElement.dataset.theme;
-    button.textContent = names[theme][0];
-    button.setAttribute("aria-label", `Colours: ${names[theme][1]}`);
-    button.title = `Colours: ${names[theme][1]}`;
+    button.textContent = names[chosen][0];
+    button.setAttribute("aria-label", `Colours: ${names[chosen][1]}`);
+    button.title = `Colours: ${names[chosen][1]}`;
+    theme = null;
     redraw();
   };
   button.addEventListener("click", () => { const order = Object.keys(names); show(order[(order.indexOf(document.documentElement.dataset.theme || "") + 1) % order.length]); });
@@ -139,7 +139,7 @@ function setUpKeys() {
   };
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || byId("help").open || !panes.length) return;
-    if (event.target.matches("input:not([type=radio],[type=checkbox],[type=range]), select, textarea") && event.key !== "Escape") return;
+    if (event.target instanceof Element && event.target.matches("input:not([type=radio],[type=checkbox],[type=range]), select, textarea") && event.key !== "Escape") return;
     const action = actions[event.key];
     if (action) { event.preventDefault(); action(); }
   });

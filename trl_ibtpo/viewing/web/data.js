@@ -38,7 +38,7 @@ function fmt(value, digits = 2) {
   if (value === null || value === undefined || Number.isNaN(value)) return "\u2013";
   if (Number.isInteger(value) && Math.abs(value) < 1e6) return value.toLocaleString("en").replace("-", "\u2212");
   const size = Math.abs(value);
-  const shown = size >= 1e5 || (size < 10 ** -digits && size > 0) ? value.toPrecision(2) : value.toFixed(digits);
+  const shown = size >= 1e5 || (size < 10 ** -digits && size > 0) ? value.toPrecision(2) : value.toFixed(size >= 100 ? Math.min(digits, 1) : digits);
   return shown.replace("-", "\u2212");
 }
 
@@ -81,12 +81,18 @@ async function fetchRecord(entry) {
 
 // ----- colours ------------------------------------------------------------------------------------------------------
 
-/** The three colours of a scale in the theme that is on. */
-function stops(kind) {
-  const style = getComputedStyle(document.documentElement);
-  const names = kind === "confidence" ? ["--unsure", "--half", "--sure"] : ["--wrong", "--half", "--right"];
-  return names.map((name) => style.getPropertyValue(name).trim());
+let theme = null; // colours as the style says them, asked for once: asking makes the browser lay everything out
+
+function colourNamed(name) {
+  if (!theme) {
+    const style = getComputedStyle(document.documentElement);
+    theme = Object.fromEntries(["wrong", "half", "right", "unsure", "sure", "unknown"].map((each) => [each, style.getPropertyValue(`--${each}`).trim()]));
+  }
+  return theme[name];
 }
+
+/** The three colours of a scale in the theme that is on. */
+const stops = (kind) => (kind === "confidence" ? ["unsure", "half", "sure"] : ["wrong", "half", "right"]).map(colourNamed);
 
 /** From 0 to 1 to a colour; null to the colour of what is not known. */
 function scale(kind) {
@@ -94,7 +100,7 @@ function scale(kind) {
     const full = hex.length === 4 ? "#" + [...hex.slice(1)].map((char) => char + char).join("") : hex;
     return [1, 3, 5].map((start) => parseInt(full.slice(start, start + 2), 16));
   });
-  const unknown = getComputedStyle(document.documentElement).getPropertyValue("--unknown").trim();
+  const unknown = colourNamed("unknown");
   return (value) => {
     if (value === null || value === undefined || Number.isNaN(value)) return unknown;
     const place = 2 * Math.min(1, Math.max(0, value));

@@ -105,12 +105,14 @@ function drawItem(pane, element, each, { colour, known, ghost, faded, picks }) {
   }
   if (rounds.length) {
     item.append(make("svg:circle", { class: `ring${picks.has(step) ? " picked" : ""}`, cx: x, cy: y, r: 8 }));
-    item.append(make("svg:text", { class: "round", x: x + 7, y: y - 8 }, rounds.length > 4 ? `${rounds.slice(0, 3).join(" ")} \u2026` : rounds.join(" ")));
+    item.append(make("svg:text", { class: "round", x: x + 7, y: y - 8 }, roundsLabel(rounds)));
   }
-  const room = Math.floor((x - startX - 22) / CHARACTER);
+  // The words of a step make room for the rounds that are written above the ring before them.
+  const lead = parent && parent.y === y ? 6.5 * roundsLabel((model.branched.get(parent.step) || []).filter((round) => round <= view.round)).length : 0;
+  const room = Math.floor((x - startX - 22 - lead) / CHARACTER);
   if (step > 0 && layout.rowHeight >= ROWS.medium && room >= 4) {
     const words = element.chain.length > 1 ? `${element.chain.length} steps: ${node.text}` : node.text;
-    item.append(make("svg:text", { class: "words", x: startX + 12, y: y - 6 }, snippet(words, room)));
+    item.append(make("svg:text", { class: "words", x: startX + 12 + lead, y: y - 6 }, snippet(words, room)));
   }
   if (element.hidden) {
     item.append(make("svg:path", { d: `M${x + 8} ${y}l14 -7v14z`, fill: colour(step) }));
@@ -123,6 +125,8 @@ function drawItem(pane, element, each, { colour, known, ghost, faded, picks }) {
   }
   return item;
 }
+
+const roundsLabel = (rounds) => (rounds.length > 4 ? `${rounds.slice(0, 3).join(" ")} \u2026` : rounds.join(" "));
 
 function leafMark(kind, x, y) {
   const shapes = { right: `M${x - 5} ${y}l3.5 4 6.5 -8`, wrong: `M${x - 4} ${y - 4}l8 8m0 -8l-8 8`, unscored: `M${x} ${y - 5}l5 5 -5 5 -5 -5z` };

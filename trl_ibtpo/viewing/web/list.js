@@ -17,7 +17,21 @@ const SORTS = {
   tokens: ["tokens generated", (entry) => -(entry.tokens ?? -1)],
 };
 
-const list = { order: [], current: -1 };
+const list = { order: [], current: -1, prefix: 0 };
+
+/** Characters that all questions begin with, in whole words: they tell none from another. */
+function commonPrefix(entries) {
+  if (entries.length < 2) return 0;
+  let common = entries[0].question;
+  for (const { question } of entries) {
+    let same = 0;
+    while (same < common.length && common[same] === question[same]) same++;
+    common = common.slice(0, same);
+    if (!common) return 0;
+  }
+  const words = common.lastIndexOf(" ") + 1;
+  return words >= 16 && entries.some(({ question }) => question.length > words) ? words : 0;
+}
 
 function setUpList() {
   const sort = byId("sort");
@@ -47,6 +61,7 @@ function arrange() {
     if (byId("undecided").checked && !entry.effective) return false;
     return !words || entry.question.toLowerCase().includes(words) || String(entry.step) === words.replace(/^step /, "");
   });
+  list.prefix = commonPrefix(entries);
   const keys = entries.map(value);
   list.order.sort((a, b) => keys[a] - keys[b] || a - b);
   byId("count").textContent = list.order.length === entries.length ? fmt(entries.length) : `${fmt(list.order.length)} of ${fmt(entries.length)}`;
@@ -73,7 +88,7 @@ function rowOf(each, place) {
   const sorted = { scores: entry.score_spread, advantages: entry.advantage_spread, tokens: entry.tokens }[byId("sort").value];
   const spread = sorted === undefined ? "" : ` \u00b7 ${fmt(sorted)}${byId("sort").value === "tokens" ? " tokens" : ""}`;
   return make("div", { class: "row", id: `row-${each}`, role: "option", "aria-selected": String(each === list.current), "aria-setsize": list.order.length, "aria-posinset": place + 1, "data-entry": each, style: { top: `${place * ROW}px` }, onclick: () => openTree(each) },
-    make("span", { class: "q" }, snippet(entry.question, 90) || "(no question)"),
+    make("span", { class: "q" }, (list.prefix ? "\u2026 " : "") + snippet(entry.question.slice(list.prefix), 90) || "(no question)"),
     make("span", { class: "meta" }, `${run}${step} \u00b7 ${entry.success === null ? "not scored" : `${entry.right} of ${entry.leaves} right`}${spread}`),
     entry.success === null ? make("span", { class: "bar" }) : make("span", { class: "bar", "aria-hidden": "true" }, make("i", { style: { flex: entry.right } }), make("b", { style: { flex: wrong } })));
 }

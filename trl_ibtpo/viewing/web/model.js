@@ -118,6 +118,15 @@ function nameOfScore(model) {
   return { ib: "IB-Score", confidence: "doubt" }[model.record.method.branching] || "priority";
 }
 
+const CHOICES = {
+  ib: "chose the most informative step so far",
+  confidence: "chose the step after which the model was least sure",
+  random: "drew a step at random",
+  surprisal: "chose the token that surprised the model most",
+  pivot: "drew a step of an attempt that had failed",
+  contrast: "chose the step where another outcome was likeliest for its cost",
+};
+
 /** One sentence about the whole tree. */
 function story(model) {
   const kinds = model.leaves.map(leafKind);
@@ -126,6 +135,6 @@ function story(model) {
   const unscored = count("unscored") ? `, ${count("unscored")} not scored` : "";
   const ends = `${plural(model.leaves.length, "attempt")} at one question: ${count("right")} ended right, ${count("wrong")} wrong${unscored}.`;
   if (!model.rounds) return `${ends} All started at the question; none shares its beginning with another.`;
-  const chosen = model.record.method.branching === "random" ? "drew a step at random" : "chose the most informative step so far";
+  const chosen = CHOICES[model.record.method.branching] || "chose where to branch";
   return `${ends} ${first} started at the question. Then ${plural(model.rounds, "round")}, one after the other, ${chosen} and tried again from there.`;
 }

@@ -157,10 +157,11 @@ function stepText(node) {
 function shaded(node, text) {
   const characters = Array.from(text);
   const count = node.token_ends && node.logprobs ? node.token_ends.indexOf(characters.length) + 1 : 0;
-  if (!count) return make("p", { class: "text", tabindex: 0 }, visible(text));
+  if (!count) return make("p", { class: "text", tabindex: 0 }, visible(text.replace(/\n+$/, "")));
   let start = 0;
+  const blank = text.length - text.replace(/\n+$/, "").length; // the line feeds that end a step are not shown
   const tokens = node.token_ends.slice(0, count).map((end, each) => {
-    const words = visible(characters.slice(start, end).join(""));
+    const words = visible(characters.slice(start, Math.min(end, characters.length - blank)).join(""));
     start = end;
     const chance = node.logprobs[each] === null ? null : Math.exp(node.logprobs[each]);
     if (chance === null || chance > 0.9) return words;
