@@ -210,7 +210,8 @@ def test_tools_end_with_the_batch_when_a_reward_function_fails(path, config):
     def fail(**kwargs):
         raise ValueError("no")
 
-    trainer = build_tree(path, config, [hang_async], script, rewards=fail)
+    # This strategy asks for rewards at once.
+    trainer = build_tree(path, config, [hang_async], script, {"branching": "ib"}, rewards=fail)
     with pytest.raises(RewardFunctionError):
         trainer.train()
     assert nothing_runs(trainer)
