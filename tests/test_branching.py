@@ -405,4 +405,4 @@ RECIPES = re.findall(
 def test_a_recipe_is_a_configuration(config, method, fields):
     assert len(RECIPES) >= 6
     args = config(**json.loads(fields))
-    assert args.num_generations == {"TreeRL": 30, "TreePO": 16, "DEEP-GRPO": 16, "GRPO": 8}.get(method, 12)
+    assert args.num_generations == {"TreeRL": 30, "TreePO": 16, "DEEP-GRPO": 16, "GRPO": 8, "IBRO": 8}.get(method, 12)

@@ -164,7 +164,8 @@ def test_temperature_0_is_the_likeliest_continuation(command, engine, adapter, g
             logits = model(ids).logits[0, -1]
             plain = base(ids).logits[0, -1]
         chosen = tokenizer(line["completions"][0])["input_ids"][0]
-        assert logits[chosen] > logits.max() - 0.02  # vLLM computes in another order
+        # vLLM computes in bfloat16, whose numbers of this size are 1/32 apart.
+        assert logits[chosen] > logits.max() - (0.04 if engine == "vllm" else 1e-4)
         others += plain.argmax().item() != chosen
     assert others > 10, "without the adapter other answers would be given"
 

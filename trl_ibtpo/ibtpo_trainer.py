@@ -206,7 +206,7 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
                 self.args,
                 self.state.log_history,
                 self._shown_tree,
-                success_reward=str(self._success),
+                success_reward=str(self._success).replace("'", ""),  # a cell needs no quotes
                 branching=self._branching,
                 advantage=self._advantage_name,
                 adapter=is_peft_model(self.accelerator.unwrap_model(self.model)),
