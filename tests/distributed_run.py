@@ -44,6 +44,7 @@ def arguments(output_dir: str, **overrides) -> dict:
         "max_completion_length": 16,
         "per_device_train_batch_size": TREES // PROCESSES * LEAVES,
         "shuffle_dataset": False,
+        "adam_epsilon": 1e-6,  # where a gradient is almost zero, rounding alone would decide about a step of Adam
         **overrides,
     }
 
