@@ -2,7 +2,6 @@
 
 import math
 
-import agents
 import pytest
 import tiny
 import trl.rewards
@@ -361,37 +360,17 @@ ROWS = {
     # what TRL has and a tree cannot use
     "not our config": ({"args": GRPO}, TypeError, "`args` is a GRPOConfig; IBTPOTrainer needs an IBTPOConfig"),
     "a dict as config": ({"args": {"output_dir": "out"}}, TypeError, "`args` is a dict; IBTPOTrainer needs an IBTPO"),
-    "tools that the template does not render": (
+    "tools": (
         {"tools": [tool]},
         ValueError,
-        "The provided chat template does not support tool calling",
+        "`tools` is not supported: .* Leave it out, or train with TRL's GRPOTrainer",
     ),
-    "tools and prompts of text": (
-        {"tools": [tool], "processing_class": agents.tokenizer()},
+    "environment": (
+        {"environment_factory": object},
         ValueError,
-        "'prompt' of `train_dataset` holds the text 'What is .*', but tools need messages",
+        "`environment_factory` is not supported: .* Leave it",
     ),
-    "environment without reset": (
-        {"environment_factory": object, "processing_class": agents.tokenizer()},
-        ValueError,
-        "must define a callable `reset`",
-    ),
-    "no time for tools": (
-        {"tool_timeout": 0},
-        ValueError,
-        "`tool_timeout` is 0; it must be a positive number of seconds, for example 30, or None",
-    ),
-    "no tools at a time": (
-        {"tool_concurrency": 0},
-        ValueError,
-        "`tool_concurrency` is 0; it must be a whole number of at least 1, for example 32",
-    ),
-    "unknown way to an environment": (
-        {"environment_branching": "fork"},
-        ValueError,
-        r"`environment_branching` is 'fork'; it must be one of \['replay', 'deepcopy'\]",
-    ),
-    "rollout function": ({"rollout_func": tool}, ValueError, "`rollout_func` is not supported: .* `tools=`"),
+    "rollout function": ({"rollout_func": tool}, ValueError, "`rollout_func` is not supported: .* Leave it out"),
     "continuous batching": (
         {"use_transformers_continuous_batching": True},
         ValueError,
