@@ -88,7 +88,7 @@ class SimulatedChains:
     def _sample(self, prefix: tuple[int, ...], number: int) -> tuple[list[int], list[float]]:
         rng = random.Random(zlib.crc32(repr((self._seed, prefix, number)).encode()))
         value, operations = self._questions[prefix[0]]
-        done = [place for place, token_id in enumerate(prefix) if token_id == BLANK_LINE]
+        done = [place for place, token_id in enumerate(prefix) if place and token_id == BLANK_LINE]
         begun = len(prefix) - 1 - (done[-1] if done else 0)  # tokens of the step that the prefix ends in
         if done:
             value = prefix[done[-1] - 1] - FIRST_NUMBER
