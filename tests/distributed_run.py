@@ -44,7 +44,7 @@ def arguments(output_dir: str, **overrides) -> dict:
         "max_completion_length": 16,
         "per_device_train_batch_size": TREES // PROCESSES * LEAVES,
         "shuffle_dataset": False,
-        "adam_epsilon": 1e-6,  # where a gradient is almost zero, rounding alone would decide about a step of Adam
+        "adam_epsilon": 1e-4,  # else Adam makes whole steps of what rounding leaves of gradients near zero
         **overrides,
     }
 
