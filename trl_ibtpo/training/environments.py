@@ -14,10 +14,13 @@ tool. One more is optional, `_close()`: it is called once for every instance, on
 """
 
 import copy
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from transformers.utils import logging
+
+from .time_limit import LimitedCalls, LimitReached
 
 logger = logging.get_logger(__name__)
 
@@ -74,57 +77,62 @@ class Environments:
         instances: in the order of rows, reset with their row. A trajectory whose environment is a copy has it put into
             this list, from which reward functions get theirs.
         otherwise: how branches get an environment that has no snapshots.
+        limit: on each call of an environment.
     """
 
-    def __init__(self, instances: list[Any], otherwise: EnvironmentBranching):
+    def __init__(self, instances: list[Any], otherwise: EnvironmentBranching, limit: LimitedCalls):
         self.instances = instances
         self._otherwise = otherwise
-        self._copies: list[Any] = []  # made here, to be closed
+        self._limit = limit
+        self._copies: list[Any] | None = []  # made here, to be closed; None once they are
+        self._keeping = threading.Lock()
 
     def rung(self, row: int) -> Rung:
         return rung_of(self.instances[row], self._otherwise)
 
     def save(self, row: int) -> Any:
         """What a branch needs to have the environment of `row` as it is now."""
-        environment = self.instances[row]
-        return {"snapshot": self._snapshot, "deepcopy": self._copy, "replay": lambda _: None}[self.rung(row)](
-            environment
-        )
+        environment, rung = self.instances[row], self.rung(row)
+        if rung == "snapshot":
+            return self._call(environment, "_snapshot", environment._snapshot)
+        return self._copy(environment) if rung == "deepcopy" else None
 
     def restore(self, row: int, state: Any) -> None:
         """Put the environment of `row` into a saved state; not for replay."""
         environment = self.instances[row]
         if self.rung(row) == "snapshot":
-            _named(environment, "_restore", lambda: environment._restore(state))
+            self._call(environment, "_restore", lambda: environment._restore(state))
         else:
             self.instances[row] = self._copy(state)
 
     def reset(self, row: int, arguments: dict[str, Any]) -> Any:
         environment = self.instances[row]
-        return _named(environment, "reset", lambda: environment.reset(**arguments))
+        return self._call(environment, "reset", lambda: environment.reset(**arguments))
 
     def close_copies(self) -> None:
-        for environment in self._copies:
+        with self._keeping:
+            copies, self._copies = self._copies or [], None
+        for environment in copies:
             close(environment)
-        self._copies = []
-
-    def _snapshot(self, environment: Any) -> Any:
-        return _named(environment, "_snapshot", environment._snapshot)
 
     def _copy(self, environment: Any) -> Any:
-        copied = _named(environment, "deepcopy", lambda: copy.deepcopy(environment))
-        self._copies.append(copied)
-        return copied
+        copied = self._call(environment, "deepcopy", lambda: copy.deepcopy(environment))
+        with self._keeping:
+            if self._copies is not None:
+                self._copies.append(copied)
+                return copied
+        close(copied)  # the batch ended while it was made
+        raise EnvironmentFailed("the generation batch has ended")
 
-
-def _named(environment: Any, what: str, call: Callable[[], Any]) -> Any:
-    """Call a method of an environment; its error is one of the environment."""
-    try:
-        return call()
-    except Exception as error:
-        raise EnvironmentFailed(
-            f"{what} of {type(environment).__name__} raised {type(error).__name__}: {error}"
-        ) from error
+    def _call(self, environment: Any, what: str, call: Callable[[], Any]) -> Any:
+        """Call a method of an environment; its error is one of the environment."""
+        name = type(environment).__name__
+        try:
+            return self._limit.call(what, call)
+        except LimitReached as error:
+            raise EnvironmentFailed(f"{what} of {name} did not end within {self._limit.seconds:g} seconds") from error
+        except Exception as error:
+            raise EnvironmentFailed(f"{what} of {name} raised {type(error).__name__}: {error}") from error
 
 
 def same_prompt(prompt: Sequence[dict[str, Any]], row_prompt: Sequence[dict[str, Any]], observation: Any) -> bool:

@@ -90,7 +90,8 @@ class TreeGeneration:
             pool.clear()
 
     def _generate(self, prompts: list) -> tuple:
-        self._prompts = prompts  # with what environments answered to `reset`
+        if self._grows:
+            self._prompts = prompts  # with what environments answered to `reset`
         return super()._generate(prompts)
 
     def _grow(

@@ -22,14 +22,9 @@ from trl.chat_template_utils import parse_response
 from ..engines.base import RolloutRequest
 from .environments import EnvironmentFailed, Environments, close, same_prompt
 from .time_limit import LimitedCalls, LimitReached, TooManyStuckCalls
+from .tool_calls import NO_TOOL_IMAGES, OneIteration
 
 logger = logging.get_logger(__name__)
-
-NO_TOOL_IMAGES = (
-    "A tool returned an image, which is not supported: a tree branches text prefixes. Return text that describes it, "
-    "or train with TRL's GRPOTrainer."
-)
-
 
 # What TRL takes for the prompt of a row that leaves it to the environment.
 NO_PROMPT = [{"role": "user", "content": ""}]
@@ -84,19 +79,20 @@ class ToolHost:
         args = trainer.args
         self.conversations: dict[int, Conversation] = {}  # of each row
         self.restored = self.replayed = self.mismatches = self.timeouts = 0
+        self.limit = LimitedCalls(args.tool_timeout)
         self.environments: Environments | None = None
         self._as_reset = list(trainer.environments or [])  # which TRL's tools are methods of
         if trainer.environments is not None:
-            self.environments = Environments(trainer.environments, args.environment_branching)
+            self.environments = Environments(trainer.environments, args.environment_branching, self.limit)
         self._trainer = trainer
         self._prompts, self._prompt_ids, self._inputs = prompts, prompt_ids, inputs
         self._leaves_per_tree = leaves_per_tree
         # Of each tree, what is known at the end of an observation: the completion so far to its rounds.
         self._moments: dict[int, dict[tuple[int, ...], list[Round]]] = {}
-        self._tokenizer = threading.Lock()  # fast tokenizers cannot be set up by two threads at a time
+        self.tokenizing = threading.Lock()  # fast tokenizers cannot be set up by two threads at a time
         self._counting = threading.Lock()
-        self.limit = LimitedCalls(args.tool_timeout)
         self.tasks: set[asyncio.Task] = set()
+        self._discarded: set[int] = set()  # rows whose broken environment is closed
         self.stopped = False  # nothing may start any more
         self._threads = ThreadPoolExecutor(args.tool_concurrency, thread_name_prefix="tools")
 
@@ -127,7 +123,7 @@ class ToolHost:
         conversation.completion_ids += token_ids
         turn = conversation.completion_ids[conversation.turn_start :]
         so_far = self._prompt_ids[conversation.row] + conversation.completion_ids[: conversation.turn_start]
-        with self._tokenizer:
+        with self.tokenizing:
             message = parse_response(
                 self._trainer._tokenizer, turn, prefix=so_far, tools=self._tools_in_prompt(conversation.row)
             )
@@ -172,7 +168,8 @@ class ToolHost:
 
     def discard_broken(self) -> None:
         """Close environments that failed, and take them from those that TRL uses again."""
-        for row in self.failed_rows():
+        for row in self.failed_rows() - self._discarded:
+            self._discarded.add(row)
             broken = self._as_reset[row]
             pool = self._trainer._environment_pool[self._trainer._batch_environments[row]]
             pool[:] = [environment for environment in pool if environment is not broken]
@@ -264,7 +261,7 @@ class ToolHost:
             budget: completion tokens, the observation included.
             recorded: results of the same calls, which tools without state are not asked for again.
         """
-        once = _OneIteration(self, row, budget, recorded)
+        once = OneIteration(self, self._trainer, row, budget, recorded)
         messages = [message]
         try:
             _, _, (after,), _, calls, failures, _ = GRPOTrainer._tool_call_loop(
@@ -320,90 +317,3 @@ class ToolHost:
     def count(self, what: str) -> None:
         with self._counting:
             setattr(self, what, getattr(self, what) + 1)
-
-
-class _OneIteration:
-    """Stands in for the trainer in one iteration of TRL's loop: with this row's tools, and without generation."""
-
-    max_tool_calling_iterations = 1
-
-    def __init__(self, host: ToolHost, row: int, budget: int, recorded: list[dict[str, Any]] | None):
-        self.environment_error: str | None = None
-        self.returned_image = False
-        self.max_completion_length = budget
-        self._host, self._trainer, self._row, self._recorded = host, host._trainer, row, recorded
-        self._sync_tool_dicts = [self._prepared(self._trainer._sync_tool_dicts[row], self._call)]
-        self._async_tool_dicts = [self._prepared(self._trainer._async_tool_dicts[row], self._start)]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._trainer, name)
-
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        return [[]], None  # the next turn is the engine's; without one, TRL's loop ends here
-
-    def _get_tool_suffix_ids(self, tool_messages: list[dict[str, Any]]) -> list[int]:
-        with self._host._tokenizer:
-            return self._trainer._get_tool_suffix_ids(tool_messages)
-
-    def _prepared(self, tools: dict[str, Callable], call: Callable) -> dict[str, Callable]:
-        """Tools by name, as TRL keeps them, each with its limit."""
-        prepared = {}
-        for name, tool in tools.items():
-            method = self._host.method(self._row, tool)
-            if method is None and self._recorded is not None:
-                prepared[name] = partial(call, name, self._repeat(name, call), False)
-            else:
-                prepared[name] = partial(call, name, method or tool, method is not None)
-        return prepared
-
-    def _repeat(self, name: str, call: Callable) -> Callable:
-        """What a tool answered before, in the same order."""
-        answers = iter([message["content"] for message in self._recorded if message["name"] == name])
-        if call == self._call:
-            return lambda **arguments: next(answers)
-
-        async def repeat(**arguments):
-            return next(answers)
-
-        return repeat
-
-    def _call(self, name: str, tool: Callable, of_environment: bool, /, **arguments: Any) -> Any:
-        try:
-            return self._checked(self._host.limit.call(name, lambda: tool(**arguments)))
-        except LimitReached as error:
-            raise self._late(name, of_environment) from error
-
-    def _start(self, name: str, tool: Callable, of_environment: bool, /, **arguments: Any) -> Any:
-        coroutine = tool(**arguments)  # at once: TRL takes the error of wrong arguments from the call
-
-        async def wait() -> Any:
-            task = asyncio.ensure_future(coroutine)
-            self._host.tasks.add(task)
-            if self._host.stopped:
-                task.cancel()
-            try:
-                # Unlike `wait_for`, this tells the limit from a TimeoutError of the tool's own.
-                await asyncio.wait([task], timeout=self._host.limit.seconds)
-                if not task.done():
-                    raise self._late(name, of_environment)
-                return self._checked(task.result())
-            finally:
-                task.cancel()  # nothing happens to a task that is done
-                self._host.tasks.discard(task)
-
-        return wait()
-
-    def _late(self, name: str, of_environment: bool) -> TimeoutError:
-        """What the model is told of a call that took too long; an environment cannot be used after one."""
-        self._host.count("timeouts")
-        message = f"{name} did not answer within {self._host.limit.seconds:g} seconds"
-        if of_environment:
-            self.environment_error = message
-        return TimeoutError(f"{message}.")
-
-    def _checked(self, result: Any) -> Any:
-        parts = result if isinstance(result, list) else []
-        self.returned_image |= any(isinstance(part, dict) and part.get("type") == "image" for part in parts)
-        if self.returned_image:
-            raise ValueError(NO_TOOL_IMAGES)
-        return result
