@@ -69,9 +69,7 @@ WORLDS = {
     ("world", "engine", "peft_config"),
     [
         ("tool", "transformers", None),
-        ("environment", "transformers", LORA),
-        ("environment", "vllm", None),
-        ("tool", "vllm", LORA),
+        ("environment", "vllm", LORA),
     ],
     ids=["tool", "environment-lora", "environment-vllm", "tool-lora-vllm"],
 )

@@ -134,6 +134,13 @@ def keep_hosts(trainer) -> list:
     return hosts
 
 
+def test_turn_entropy_branches_after_what_environments_answer(path, config):
+    trainer, _ = build(path, config, agents.WithSnapshots, {"branching": "turn_entropy"})
+    grown = trainer.grow_trees([agents.rows()[1]])[0]
+    steps = [step for choice in grown.choices for step in choice.steps]
+    assert len(steps) == 5 and all(grown.tree.observed()[steps] > 0)
+
+
 class Moody(agents.Counter):
     """Answers the same action in different ways."""
 

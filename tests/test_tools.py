@@ -122,8 +122,9 @@ def final_value(environments, prompts, **kwargs):
     return [environment.value / 7 for environment in environments]
 
 
-@pytest.mark.parametrize("rewards", [None, final_value], ids=["own reward", "reward function"])
-@pytest.mark.parametrize("limit", [None, 30.0], ids=["no limit", "limit"])
+@pytest.mark.parametrize(
+    ("rewards", "limit"), [(None, 30.0), (final_value, None)], ids=["own reward, limit", "reward function"]
+)
 def test_a_flat_tree_with_an_environment_equals_grpo(path, config, rewards, limit):
     compare(
         path,
@@ -240,10 +241,11 @@ def test_tools_of_one_trajectory_do_not_hold_up_another(path, config):
     def script(rng, turns):
         return f"{rng.random()}" + (agents.call("work", a=1) if turns == 0 else "")
 
-    for limit in (2, 32):
+    trainer = build_tree(path, config, [work], script, {"tree_initial_rollouts": 6})
+    for trainer.args.tool_concurrency in (2, 32):
         most.clear()
-        build_tree(path, config, [work], script, {"tool_concurrency": limit, "tree_initial_rollouts": 6}).train()
-        assert max(most) == min(limit, 6)
+        trainer.grow_trees(list(agents.rows(1)))
+        assert max(most) == min(trainer.args.tool_concurrency, 6)
 
 
 def test_an_image_from_a_tool_is_refused(path, config):

@@ -376,6 +376,11 @@ ROWS = {
         ValueError,
         "must define a callable `reset`",
     ),
+    "a budget for all questions together, and tools": (
+        {"adaptive_budget": 1, "tools": [tool], "processing_class": agents.tokenizer()},
+        ValueError,
+        "`adaptive_budget` is 1, which cannot be combined with `tools` .* environment of its own",
+    ),
     "no time for tools": (
         {"tool_timeout": 0},
         ValueError,

@@ -165,8 +165,9 @@ class IBTPOConfig(GRPOConfig):
             Which steps to branch: `"ib"` (highest IB-Score), `"confidence"` (lowest confidence first, needs no
             reward), `"random"`, `"surprisal"` (TreeRL: the most surprising tokens are sampled again), `"segments"`
             (TreePO: paths are split after every step), `"pivot"` (DEEP-GRPO: failed rollouts, where they can be
-            saved), `"contrast"` (where another outcome is likeliest per token; this package's), or `"independent"` (no
-            tree: all rollouts start at the question). docs/methods.md has the rule of each, and how to give the
+            saved), `"turn_entropy"` (ARPO: after tool results, where the next turn begins uncertain), `"contrast"`
+            (where another outcome is likeliest per token; this package's), or `"independent"` (no tree: all rollouts
+            start at the question). docs/methods.md has the rule of each, and how to give the
             trainer a function of your own.
         allow_root_branching (`bool`, *optional*, defaults to `False`):
             Whether a round may choose the question itself. Where no other step can be branched, it is chosen anyway.
