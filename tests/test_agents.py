@@ -71,7 +71,7 @@ WORLDS = {
         ("tool", "transformers", None),
         ("environment", "vllm", LORA),
     ],
-    ids=["tool", "environment-lora", "environment-vllm", "tool-lora-vllm"],
+    ids=["tool", "environment, LoRA, vLLM"],
 )
 def test_three_steps(config, caller, world, engine, peft_config):
     args = config(
