@@ -78,8 +78,15 @@ FLOORS = [
     ["viewing/page"],
     ["viewing/trackers", "viewing/server"],
     ["viewing/recorder"],
-    ["engines/transformers", "engines/vllm", "engines/vllm_server", "engines/vllm_cpu", "engines/turns"],
-    ["ibtpo_config"],
+    [
+        "engines/transformers",
+        "engines/vllm",
+        "engines/vllm_server",
+        "engines/routed",
+        "engines/turns",
+        "engines/vllm_cpu",
+        "ibtpo_config",
+    ],
     [
         *("training/rewards", "training/checks", "training/metrics", "training/model_card", "evaluation/samples"),
         *("training/completions_table", "training/progress"),
