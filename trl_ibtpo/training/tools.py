@@ -227,7 +227,9 @@ class ToolHost:
             self._give_up(conversation, error)
         conversation.completion_ids, conversation.messages, conversation.rounds = [], [], []
         conversation.turn_start = conversation.calls = conversation.failures = 0
-        return replace(request, prefix_ids=self._prompt_ids[row], max_tokens=conversation.budget)
+        question = self._prompt_ids[row]
+        fork = min(request.fork, len(question))
+        return replace(request, prefix_ids=question, max_tokens=conversation.budget, fork=fork)
 
     def _replay(self, conversation: Conversation) -> bool:
         """Execute the actions of a prefix once more; whether every observation is the same, token by token."""
