@@ -4,8 +4,8 @@
     loss = |y - y^|^2 + KL(q(z | c, y) || p(z | c))
 
 `c` is the mean of the policy's last hidden states over what comes before the fork, `y` over the question with its
-whole rationale; both are scaled to mean 0 and variance 1 over the training rows. MLPs of two hidden layers of 256 and a
-latent of 128, as in the authors' code, which has the arguments of KL the other way round.
+whole rationale; both are scaled to mean 0 and variance 1 over the training rows. MLPs of two hidden layers of 256 and
+a latent of 128, as in the authors' code, which has the arguments of KL the other way round.
 """
 
 import json
