@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-from .base import Rollout, RolloutRequest
+from .base import Rollout, RolloutRequest, refuse_latents
 
 
 class VLLMEngine:
@@ -48,6 +48,7 @@ class VLLMEngine:
         self.prefix_tokens = 0
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
+        refuse_latents(requests, "vLLM has no place for it in its layers")
         for request in requests:
             seed = request.seed if self._request_seeds else None
             parameters = self._sampling_params(**self._sampling, max_tokens=request.max_tokens, seed=seed)
