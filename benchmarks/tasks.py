@@ -135,12 +135,15 @@ class Columns(FactTask):
         beyond = int(carry[1]) * 10**self.digits
         return str(int(digits) + beyond if op == "+" else int(digits) - beyond)
 
-    def reward(self, completions: list[str], answer: list[str], **kwargs) -> list[float]:
-        """1 where the library scores the answer as right; a partial score counts nothing."""
+    def reward(self, completions: list[str], solution: list[str], answer: list[str], **kwargs) -> list[float]:
+        """1 where the library scores the answer as right, in full, and every column shows how it came about.
+
+        For the answer alone a policy learns to write right digits behind wrong columns.
+        """
         scorer = reasoning_gym.create_dataset("chain_sum", size=1)
         return [
-            float(scorer.score_answer(self.answer(text), {"answer": right}) == 1.0)
-            for text, right in zip(completions, answer, strict=True)
+            float(text.split() == work.split() and scorer.score_answer(self.answer(text), {"answer": right}) == 1)
+            for text, work, right in zip(completions, solution, answer, strict=True)
         ]
 
     @property
