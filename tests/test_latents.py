@@ -51,7 +51,8 @@ def make(config_class, dtype=torch.float32, **changes):
     model = AutoModelForCausalLM.from_config(config_class(**sizes), dtype=dtype).eval()
     with torch.no_grad():
         for layer in attention_layers(model):
-            layer.input_layernorm.weight.add_(0.2 * torch.randn(32, dtype=torch.float32).to(dtype))
+            weight = layer.input_layernorm.weight
+            weight.add_(0.2 * torch.randn(weight.shape, dtype=torch.float32).to(dtype))
     return model
 
 

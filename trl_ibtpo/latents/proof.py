@@ -179,12 +179,11 @@ def _generate(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> 
     config = GenerationConfig(
         max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0, disable_compile=True
     )
+    config.update(return_dict_in_generate=True, output_logits=True)
     output = model.generate(
         input_ids=ids,
         attention_mask=mask,
         generation_config=config,
-        return_dict_in_generate=True,
-        output_logits=True,
     )
     return output.sequences, torch.log_softmax(torch.stack(output.logits, dim=1).float(), -1)
 
