@@ -144,7 +144,7 @@ def run(trainer, method: Method, questions: int, seed: int, clock: EngineClock, 
     args.branch_lookahead = method.lookahead
     if method.name != "grpo":
         trainer._strategy, trainer._branching = make_strategy(args.branching), args.branching
-    trainer._last_loaded_step = -1  # a new run: the weights are pushed to vLLM again
+    trainer._step, trainer._last_loaded_step = 0, -1  # a new run: the weights are pushed to vLLM again
     clock.busy, found = 0.0, {}
     slow.slept.clear()
     generate = trainer._generate_and_score_completions
