@@ -30,6 +30,7 @@ from trl_ibtpo import IBTPOConfig, IBTPOTrainer
 
 RESULTS = Path(__file__).parent / "results" / "agents.jsonl"
 CACHE = Path("outputs/warm_starts/agents")
+OPERATIONS = 2  # of a chain
 QUESTIONS, UPDATES = 16, 2  # of a generation batch, and its optimizer steps
 METHODS = {
     "grpo_8": None,
@@ -79,8 +80,8 @@ def make_trainer(warm: Path, method: str, seed: int, budget: int, learning_rate:
         QuickQwen3.from_pretrained(warm, dtype=torch.float32),
         agents_task.right_answer,
         args,
-        agents_task.rows(budget // 50, seed),  # more than any method gets to
-        agents_task.rows(96, seed=-2),
+        agents_task.rows(budget // 50, seed, OPERATIONS),  # more than any method gets to
+        agents_task.rows(96, -2, OPERATIONS),
         processing_class=AutoTokenizer.from_pretrained(warm),
         tools=[agents_task.calculate],
     )
@@ -180,12 +181,12 @@ def main() -> None:
     arguments.add_argument("--results", type=Path, default=RESULTS, help="where rows are appended")
     args = arguments.parse_args()
     torch.set_num_threads(1)
-    warm_steps = []
+    warm_steps = 300
     if args.quick:
-        args.seeds, args.budget, warm_steps = [0], 3_000, [2, 8]
+        args.seeds, args.budget, warm_steps = [0], 3_000, 2
         args.results, args.warm_start = Path(tempfile.mkdtemp()) / "agents.jsonl", Path(tempfile.mkdtemp())
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    warm = agents_task.warm_start(args.warm_start, *warm_steps)
+    warm = agents_task.warm_start(args.warm_start, warm_steps, operations=OPERATIONS)
     runs = [(method, seed) for seed in args.seeds for method in args.methods]  # every prefix of it has pairs
     for method, seed in tqdm(runs, unit="run"):
         if any(row["method"] == method and row["seed"] == seed and "event" not in row for row in load(args.results)):

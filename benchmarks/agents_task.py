@@ -78,11 +78,11 @@ def right_answer(completions, answer, **kwargs) -> list[float]:
     return [float(mine == right) for mine, right in zip(said, answer, strict=True)]
 
 
-def chains(count: int, seed: int, steps: int = 4) -> list[list]:
+def chains(count: int, seed: int, operations: int = 4) -> list[list]:
     """A first number, and so many pairs of an operation and a number."""
     rng = random.Random(f"chains {seed}")
     return [
-        [rng.randrange(MODULUS), *((rng.choice([*OPERATIONS]), rng.randrange(2, MODULUS)) for _ in range(steps))]
+        [rng.randrange(MODULUS), *((rng.choice([*OPERATIONS]), rng.randrange(2, MODULUS)) for _ in range(operations))]
         for _ in range(count)
     ]
 
@@ -100,11 +100,11 @@ def question(chain: list) -> str:
     return str(chain[0]) + "".join(f"{sign}{number}" for sign, number in chain[1:])
 
 
-def rows(count: int, seed: int, steps: int = 4) -> Dataset:
+def rows(count: int, seed: int, operations: int = 4) -> Dataset:
     return Dataset.from_list(
         [
             {"prompt": [{"role": "user", "content": question(chain)}], "answer": str(results(chain)[-1])}
-            for chain in chains(count, seed, steps)
+            for chain in chains(count, seed, operations)
         ]
     )
 
@@ -147,7 +147,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def warm_start(folder: Path, steps: int = 300, batch: int = 48) -> Path:
+def warm_start(folder: Path, steps: int = 300, batch: int = 48, operations: int = 4) -> Path:
     """A model that was shown solutions, and its tokenizer; made where `folder` does not hold them."""
     if (folder / "done").exists():
         return folder
@@ -170,7 +170,7 @@ def warm_start(folder: Path, steps: int = 300, batch: int = 48) -> Path:
         )
     )
     rng, shown = random.Random(0), []
-    for chain in chains(steps * batch, seed=-1):
+    for chain in chains(steps * batch, -1, operations):
         messages = [{"role": "user", "content": question(chain)}]
         prompt = ready.apply_chat_template(messages, tools=[calculate], tokenize=False, add_generation_prompt=True)
         ids, labels = [], []
