@@ -255,7 +255,8 @@ def test_latents_steer_the_requests_that_carry_one(untied):
     """Log-probabilities are those of the shifted logits, alone and beside plain requests; most forks lie before it."""
     model = untied.accelerator.unwrap_model(untied.model)
     steering = LatentSource(Strength(1.0, 6.0), seed=3).attach(model, "softmax")
-    steering.acting.injection.logits.mul_(150)  # so that a wrong place would show
+    weight = steering.acting.injection.logits
+    weight.normal_(0, 3 / 128**0.5, generator=torch.Generator().manual_seed(0))  # 3 nats: a wrong place would show
     llm = untied.vllm_generation.llm
     engine = VLLMEngine(llm, {"temperature": 0.8}, latents=steering)
     prompts = [[5 + (7 * row + place) % 200 for place in range(9 + row)] for row in range(6)]
