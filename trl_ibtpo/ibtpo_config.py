@@ -149,8 +149,8 @@ class IBTPOConfig(GRPOConfig):
             Rollouts that continue each chosen step. The paper's \( B \).
         num_generations (`int`, *optional*):
             Trajectories per question, on average with `adaptive_budget`. Derived: \( G = B_0 + (L - 1) K B \), 12
-            with the defaults; with `branching="surprisal"`, where every initial rollout has rounds of its own,
-            \( B_0 (1 + (L - 1) K B) \). A different value is an error.
+            with the defaults; with `branching="surprisal"` and `"entropy_fork"`, where every initial rollout has rounds
+            of its own, \( B_0 (1 + (L - 1) K B) \). A different value is an error.
         adaptive_budget (`int`, *optional*):
             How many right and how many wrong answers are enough for a question. Questions that have them stop after
             any round and give the rest of their \( G \) trajectories to those that lack an outcome; every question
@@ -163,10 +163,11 @@ class IBTPOConfig(GRPOConfig):
         branching (`str`, *optional*, defaults to `"ib"`):
             Which steps to branch: `"ib"` (highest IB-Score), `"confidence"` (lowest confidence first, needs no
             reward), `"random"`, `"surprisal"` (TreeRL: the most surprising tokens are sampled again), `"segments"`
-            (TreePO: paths are split after every step), `"pivot"` (DEEP-GRPO: failed rollouts, where they can be
-            saved), `"contrast"` (where another outcome is likeliest per token; this package's), or `"independent"` (no
-            tree: all rollouts start at the question). docs/methods.md has the rule of each, and how to give the
-            trainer a function of your own.
+            (TreePO: paths are split after every step), `"entropy_fork"` (I2B-LPO: every initial rollout is forked at a
+            token drawn from the 5% where the policy was most uncertain), `"pivot"` (DEEP-GRPO: failed rollouts, where
+            they can be saved), `"contrast"` (where another outcome is likeliest per token; this package's), or
+            `"independent"` (no tree: all rollouts start at the question). docs/methods.md has the rule of each, and
+            how to give the trainer a function of your own.
         allow_root_branching (`bool`, *optional*, defaults to `False`):
             Whether a round may choose the question itself. Where no other step can be branched, it is chosen anyway.
         allow_repeated_branching (`bool`, *optional*, defaults to `True`):
@@ -186,6 +187,13 @@ class IBTPOConfig(GRPOConfig):
         answer_marker (`list[str]`, *optional*):
             Texts that begin an answer, for example `["answer", "conclusion"]` (TreeRL): nothing is branched after the
             first of them in a completion.
+        fork_keeps_token (`bool`, *optional*, defaults to `False`):
+            Where `branching` forks tokens: whether branches keep the token that is forked and continue after it, or
+            begin by sampling it again.
+        fork_entropy (`str`, *optional*, defaults to `"exact"`):
+            Where entropies come from with vLLM, which gives no more than 20 log-probabilities a token: `"exact"` is a
+            pass of the policy over what was sampled, `"truncated"` the entropy among the 20 likeliest tokens. With
+            transformers they are exact and cost no pass.
         step_delimiter (`str` or `list[str]`, *optional*, defaults to `"\n\n"`):
             Text that ends a step, or several of which each does.
         step_min_tokens (`int`, *optional*, defaults to `1`):
@@ -397,6 +405,17 @@ class IBTPOConfig(GRPOConfig):
     answer_marker: list[str] | None = field(
         default=None,
         metadata={"help": "Texts that begin an answer: nothing is branched after the first of them in a completion."},
+    )
+    fork_keeps_token: bool = field(
+        default=False,
+        metadata={"help": "Whether branches keep the token that is forked, where tokens are, or sample it again."},
+    )
+    fork_entropy: str = field(
+        default="exact",
+        metadata={
+            "help": "Where entropies come from with vLLM: a pass of the policy, or the 20 likeliest tokens.",
+            "choices": ["exact", "truncated"],
+        },
     )
     step_delimiter: str = field(  # one on a command line; a list of them in Python and in a YAML file
         default="\n\n",

@@ -17,7 +17,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_callable_name
 
 from .advantages import ADVANTAGES, AdvantageFunction, GradedTree, TokenAdvantages, token_advantages, whiten
-from .branching import Strategy, make_strategy, uses_rewards
+from .branching import Strategy, make_strategy, uses_entropies, uses_rewards
 from .engines.vllm_cpu import CPUVLLMGeneration, runs_on_cpu
 from .growth import GrownTree
 from .ibtpo_config import IBTPOConfig
@@ -126,6 +126,7 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
         checks.check_strategy(branching, args)
         self._strategy = make_strategy(args.branching) if branching is None else branching
         self._branching = args.branching if branching is None else checks.name_of(branching)
+        checks.check_forks(self._strategy, args)
         check_hooks(GRPOTrainer)
         environments = kwargs.get("environment_factory") is not None  # which may have rewards of their own
         reward_funcs = resolve_reward_funcs(reward_funcs, optional=environments)
@@ -148,7 +149,8 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
         checks.check_template(self._tokenizer, checks.first_row(train_dataset))
         if self.use_vllm and self.vllm_mode == "colocate" and runs_on_cpu():
             self.vllm_generation = CPUVLLMGeneration.adopt(self.vllm_generation)
-        checks.refuse_sharded_growth(self._dist, args, self.reward_funcs)
+        measures = uses_entropies(self._strategy) and args.fork_entropy == "exact"
+        checks.refuse_sharded_growth(self._dist, args, self.reward_funcs, forward=measures)
         self._check_process_share()
         self._choose_forward()
         self._success = Success(self.reward_func_names, args.success_reward, args.success_range, success_func)

@@ -1,5 +1,6 @@
 """What a tree grower asks of a generation engine. An engine knows token ids only: no trees, no text, no rewards."""
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -10,6 +11,18 @@ from typing import Literal, Protocol
 # arrival  nobody knows how far a running rollout is: rollouts end in the order in which they are answered
 Clock = Literal["tokens", "polls", "arrival"]
 
+LIKELIEST = 20  # tokens at each place that vLLM gives log-probabilities of
+
+
+def truncated_entropy(logprobs: Sequence[float]) -> float:
+    """Entropy of the distribution among these tokens alone, in nats, from their log-probabilities in any scale."""
+    known = [logprob for logprob in logprobs if logprob > -math.inf]  # cut off by top-k or top-p
+    if not known:
+        return math.nan
+    largest = max(known)
+    total = largest + math.log(sum(math.exp(logprob - largest) for logprob in known))
+    return max(0.0, -sum(math.exp(logprob - total) * (logprob - total) for logprob in known))
+
 
 @dataclass(frozen=True, slots=True)
 class RolloutRequest:
@@ -19,6 +32,7 @@ class RolloutRequest:
     prefix_ids: list[int]  # question and completion so far
     max_tokens: int  # at least 1
     seed: int  # of this request alone, for engines that sample each request on its own
+    entropies: bool = False  # whether the rollout must have them
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +45,9 @@ class Rollout:
     # None for a token that nobody sampled: an observation between two turns.
     logprobs: list[float | None]
     restarted: bool = False  # it continues the question, because its prefix could not be brought about again
+    # Of each token where the request asked for them: in nats, of the whole vocabulary at the sampling temperature,
+    # before top-k and top-p; NaN for a token that nobody sampled.
+    entropies: list[float] | None = None
 
 
 class RolloutEngine(Protocol):

@@ -15,7 +15,7 @@ from trl.data_utils import is_conversational
 from trl.distributed import DistributedBackend
 
 from ..advantages import ADVANTAGES
-from ..branching import STRATEGIES, uses_rewards
+from ..branching import STRATEGIES, uses_entropies, uses_rewards
 from .reward_checks import REWARD_ARGUMENTS, check_arguments, check_messages
 
 logger = logging.get_logger(__name__)
@@ -202,6 +202,23 @@ def check_strategy(strategy: Any, args: GRPOConfig) -> None:
             f"branch, but the function '{name_of(strategy)}' does not say that it leaves them alone. If it does, set "
             "its `uses_rewards = False`; else use `shared_token_weight='once'`."
         )
+
+
+def check_forks(strategy: Any, args: GRPOConfig) -> None:
+    """Raise where a field about forks would do nothing; `strategy` is what the trainer branches by."""
+    name = None if strategy is None else name_of(strategy)
+    if args.fork_keeps_token and getattr(strategy, "forks", "steps") != "tokens":
+        raise ValueError(
+            f"`fork_keeps_token` is True, but `branching` is {name!r}, which forks no tokens: branches continue "
+            "steps. Leave it out, or use `branching='entropy_fork'` or 'surprisal'."
+        )
+    if args.fork_entropy == "truncated" and not (args.use_vllm and uses_entropies(strategy)):
+        reason = (
+            "`use_vllm` is False: transformers has exact entropies, which cost nothing"
+            if uses_entropies(strategy)
+            else f"`branching` is {name!r}, which looks at no entropies"
+        )
+        raise ValueError(f"`fork_entropy` is 'truncated', but {reason}. Leave it out.")
 
 
 def check_server_address(args: GRPOConfig) -> None:
@@ -401,15 +418,20 @@ def check_prompt(token_ids: list[int], model: nn.Module) -> None:
         )
 
 
-def refuse_sharded_growth(backend: DistributedBackend, args: GRPOConfig, reward_funcs: Sequence[Any] = ()) -> None:
-    """Refuse sharding in which a forward pass waits for other processes, since each grows trees at its own pace."""
+def refuse_sharded_growth(
+    backend: DistributedBackend, args: GRPOConfig, reward_funcs: Sequence[Any] = (), forward: bool = False
+) -> None:
+    """Refuse sharding in which a forward pass waits for other processes, since each grows trees at its own pace.
+
+    With `forward`, the policy has a part in growth although vLLM generates.
+    """
     if backend.is_zero3 and any(isinstance(reward_func, nn.Module) for reward_func in reward_funcs):
         # Under FSDP, TRL leaves reward models whole.
         raise ValueError(
             "`reward_funcs` holds a model, which ZeRO-3 shards: each process scores its own trees, and a forward pass "
             "of one would wait for the others. Use ZeRO-2, or serve the model and give a function that asks it."
         )
-    if args.use_vllm:
+    if args.use_vllm and not forward:
         return
     if backend.fsdp_version == 1:
         raise ValueError(

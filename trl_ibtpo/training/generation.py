@@ -1,11 +1,13 @@
 """Where a trainer's trees come from: its engine, its prompts and its reward functions, put together for growth."""
 
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from trl.chat_template_utils import parse_response
 from trl.data_utils import is_conversational
@@ -14,8 +16,9 @@ from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import unwrap_model_for_generation
 
-from ..branching import uses_rewards
+from ..branching import uses_entropies, uses_rewards
 from ..engines.base import RolloutEngine
+from ..engines.entropies import TeacherForcedEntropies
 from ..engines.transformers import TransformersEngine, unsharded
 from ..engines.vllm import VLLMEngine
 from ..engines.vllm_server import VLLMServerEngine
@@ -23,6 +26,7 @@ from ..growth import GrownTree, TreeGrower, drive, leaf_budget
 from ..segments import make_grower
 from . import checks
 from .rewards import RewardScorer
+from .teacher_forcing import teacher_forced
 
 
 class TreeGeneration:
@@ -123,12 +127,28 @@ class TreeGeneration:
     @contextmanager
     def _engine(self) -> Iterator[RolloutEngine]:
         """The rollout engine, holding what generation needs (weights in sync or gathered) until the batch is grown."""
-        if self.use_vllm:
+        if self.args.use_vllm:
             self._sync_vllm()
             engine = self._vllm_engine()
-            with _awake(self.vllm_generation) if self.vllm_mode == "colocate" else closing(engine):
+            with ExitStack() as stack:
+                colocated = self.vllm_mode == "colocate"
+                stack.enter_context(_awake(self.vllm_generation) if colocated else closing(engine))
+                if uses_entropies(self._strategy) and self.args.fork_entropy == "exact":
+                    measure = partial(self._token_entropies, stack.enter_context(self._policy()))
+                    engine = TeacherForcedEntropies(engine, measure, self.args.per_device_train_batch_size)
                 yield engine
             return
+        with self._policy() as model:
+            yield TransformersEngine(
+                model,
+                self.generation_config,
+                self._tokenizer.pad_token_id,
+                request_seeds=self.args.reproducible_rollouts,
+            )
+
+    @contextmanager
+    def _policy(self) -> Iterator[torch.nn.Module]:
+        """The policy as a model whose forward pass waits for no other process."""
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -139,12 +159,11 @@ class TreeGeneration:
             ) as model,
             unsharded(self.model_wrapped, reshard_after_forward=self._reshards_after_forward),
         ):
-            yield TransformersEngine(
-                model,
-                self.generation_config,
-                self._tokenizer.pad_token_id,
-                request_seeds=self.args.reproducible_rollouts,
-            )
+            yield model
+
+    def _token_entropies(self, model: torch.nn.Module, pairs: Sequence[tuple[list[int], list[int]]]) -> list[list]:
+        """Entropy where each token of the second sequences was sampled, after the first ones."""
+        return [entropies.tolist() for _, entropies in teacher_forced(self, model, pairs, entropies=True)]
 
     @property
     def _reshards_after_forward(self) -> bool:
