@@ -106,13 +106,14 @@ class Mode:
     grader: float = 0.0  # seconds
 
 
+LOOKAHEADS = (0, 1, 2, 3, 4, 8)
 INDEPENDENT = {"branching": "independent", "tree_levels": 1}
 MODES = [
     Mode("independent", settings={**INDEPENDENT, "tree_initial_rollouts": 8}),
     Mode("reproducible", settings={**INDEPENDENT, "tree_initial_rollouts": 8}, request_seeds=True),
     Mode("independent_12", settings={**INDEPENDENT, "tree_initial_rollouts": 12}),
     Mode("lock_step", lock_step=True),
-    *(Mode("tree", lookahead) for lookahead in (0, 1, 2, 3, 4, 8)),
+    *(Mode("tree", lookahead) for lookahead in LOOKAHEADS),
 ]
 
 
@@ -212,12 +213,17 @@ def main() -> None:
     arguments.add_argument("--layers", type=int, default=8)
     arguments.add_argument("--hidden", type=int, default=512)
     arguments.add_argument("--graders", type=float, nargs="*", default=[0, 1, 10], help="seconds; with 32 questions")
+    names = list(dict.fromkeys(mode.name for mode in MODES))
+    arguments.add_argument("--modes", nargs="+", choices=names, default=names, help="besides `independent`")
+    arguments.add_argument("--lookahead", type=int, nargs="+", default=list(LOOKAHEADS), help="of `tree`")
     args = arguments.parse_args()
+    modes = [mode for mode in MODES if mode.name in ("independent", *args.modes)]
+    modes = [mode for mode in modes if mode.name != "tree" or mode.lookahead in args.lookahead]
     graded = 32
     if args.quick:
         args.questions, args.repeats, args.layers, args.hidden, args.graders = [2], 1, 2, 64, [0.1]
         graded = 2
-    groups = [(questions, MODES) for questions in args.questions]
+    groups = [(questions, modes) for questions in args.questions]
     groups += [(graded, with_grader(seconds)) for seconds in args.graders]
     llm = start_engine(args.layers, args.hidden, 12 * max(questions for questions, _ in groups), args.quick)
     run(llm, MODES[0], min(questions for questions, _ in groups), seed=99)  # warm up

@@ -81,6 +81,7 @@ FLOORS = [
     ["viewing/recorder"],
     [
         *("engines/transformers", "engines/vllm", "engines/vllm_server", "engines/vllm_cpu", "engines/entropies"),
+        "engines/routed",
         "ibtpo_config",
     ],
     [

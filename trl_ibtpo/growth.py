@@ -228,10 +228,11 @@ class TreeGrower:
             raise RuntimeError(
                 f"The engine returned {len(rollout.token_ids)} tokens for a rollout that asked for 1 to {allowed}."
             )
-        if self._asks_for_entropies(leaf) and len(rollout.entropies or ()) != len(rollout.token_ids):
+        found = len(rollout.entropies or ())
+        if self._asks_for_entropies(leaf) and found != len(rollout.token_ids):
             raise RuntimeError(
-                f"The engine returned {len(rollout.entropies or ())} entropies for the {len(rollout.token_ids)} tokens "
-                "of a rollout that asked for them."
+                f"The engine returned {found} entropies for the {len(rollout.token_ids)} tokens of a rollout that "
+                "asked for them."
             )
         branch.rollout, branch.complete = rollout, not self.waits_for_rewards
 

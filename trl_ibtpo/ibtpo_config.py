@@ -149,8 +149,8 @@ class IBTPOConfig(GRPOConfig):
             Rollouts that continue each chosen step. The paper's \( B \).
         num_generations (`int`, *optional*):
             Trajectories per question, on average with `adaptive_budget`. Derived: \( G = B_0 + (L - 1) K B \), 12
-            with the defaults; with `branching="surprisal"` and `"entropy_fork"`, where every initial rollout has rounds
-            of its own, \( B_0 (1 + (L - 1) K B) \). A different value is an error.
+            with the defaults; with `branching="surprisal"` or `"entropy_fork"`, where every initial rollout has
+            rounds of its own, \( B_0 (1 + (L - 1) K B) \). A different value is an error.
         adaptive_budget (`int`, *optional*):
             How many right and how many wrong answers are enough for a question. Questions that have them stop after
             any round and give the rest of their \( G \) trajectories to those that lack an outcome; every question

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 # How a tree counts the time of its rollouts, so that it does not depend on what else the engine is doing:
 # tokens   a rollout gains one token a tick, and `generated` says how far it is
@@ -32,6 +33,8 @@ class RolloutRequest:
     prefix_ids: list[int]  # question and completion so far
     max_tokens: int  # at least 1
     seed: int  # of this request alone, for engines that sample each request on its own
+    latent: tuple[float, ...] | None = None  # z, which steers what is sampled; engines without latents refuse it
+    fork: int = 0  # tokens of the prefix that come before the fork; the latent acts from there on
     entropies: bool = False  # whether the rollout must have them
 
 
@@ -41,8 +44,8 @@ class Rollout:
 
     request_id: Hashable
     token_ids: list[int]  # the stop token included
-    # Under the distribution that was sampled from (after temperature, top-k, top-p); NaN where the engine cannot say,
-    # None for a token that nobody sampled: an observation between two turns.
+    # Under the distribution that was sampled from (with the latent, after temperature, top-k, top-p); NaN where the
+    # engine cannot say, None for a token that nobody sampled: an observation between two turns.
     logprobs: list[float | None]
     restarted: bool = False  # it continues the question, because its prefix could not be brought about again
     # Of each token where the request asked for them: in nats, of the whole vocabulary at the sampling temperature,
@@ -71,3 +74,30 @@ class RolloutEngine(Protocol):
 
     def abort(self) -> None:
         """Forget every request in flight."""
+
+
+class LatentSteering(Protocol):
+    """How latents change what a model samples; see `trl_ibtpo.latents`."""
+
+    def steer(
+        self, latents: Sequence[Sequence[float] | None], forks: Sequence[int]
+    ) -> AbstractContextManager[list[Any]]:
+        """Steer the rows of a batch for as long as the context is open, and leave the model as it was.
+
+        Args:
+            latents: `z` of each row, `(B, Z)`; None for a row that is not steered.
+            forks: of each row, the column of the padded batch at which its fork is.
+
+        Returns:
+            A context that yields logits processors to run before all others.
+        """
+
+
+def refuse_latents(requests: Sequence[RolloutRequest], engine: str) -> None:
+    """Raise where a request has a latent that `engine` would drop."""
+    for request in requests:
+        if request.latent is not None:
+            raise ValueError(
+                f"The request {request.request_id!r} has a latent, but {engine}. Without latents, leave `latent_mode` "
+                "at 'none'."
+            )

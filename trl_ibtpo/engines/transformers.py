@@ -1,7 +1,7 @@
 """Rollouts with `model.generate`: every poll runs all submitted requests as one left-padded batch."""
 
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 
 import torch
@@ -20,7 +20,7 @@ from transformers import (
 )
 from trl.trainer.utils import entropy_from_logits
 
-from .base import Rollout, RolloutRequest
+from .base import LatentSteering, Rollout, RolloutRequest, refuse_latents
 
 
 class TransformersEngine:
@@ -34,6 +34,7 @@ class TransformersEngine:
         pad_token_id: any token; padding is masked.
         request_seeds: sample each request from its own seed instead, so that a rollout depends on its prefix and seed
             alone, not on what else is in the batch or on how many processes share the work.
+        latents: what the latents of requests do to `model`; without it, requests with latents are refused.
     """
 
     clock = "polls"
@@ -45,8 +46,10 @@ class TransformersEngine:
         generation_config: GenerationConfig,
         pad_token_id: int,
         request_seeds: bool = False,
+        latents: LatentSteering | None = None,
     ):
         self._model = model
+        self._latents = latents
         self._request_seeds = request_seeds
         self._pad_token_id = pad_token_id
         self._warpers = _warpers(generation_config)
@@ -61,6 +64,8 @@ class TransformersEngine:
         self._queue: list[RolloutRequest] = []
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
+        if self._latents is None:
+            refuse_latents(requests, "this engine was made without `latents`, which say what to do with one")
         self._queue.extend(requests)
 
     def generated(self, request_id: Hashable) -> int:
@@ -92,12 +97,12 @@ class TransformersEngine:
             processors.insert(0, entropies)
         if self._request_seeds:
             processors.append(_SeededSampler([request.seed for request in requests], device))
-        with torch.no_grad():
+        with torch.no_grad(), self._steering(requests, padding) as steering:
             sequences = self._model.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 generation_config=self._config,
-                logits_processor=LogitsProcessorList(processors),
+                logits_processor=LogitsProcessorList([*steering, *processors]),
                 stopping_criteria=StoppingCriteriaList([_TokenBudgets(width, budgets)]),
                 synced_gpus=False,  # growth makes no collective call
             )
@@ -110,6 +115,14 @@ class TransformersEngine:
             found = entropies.of(row, length) if request.entropies else None
             rollouts.append(Rollout(request.request_id, ids[:length], values[:length], entropies=found))
         return rollouts
+
+    def _steering(self, requests: Sequence[RolloutRequest], padding: Sequence[int]) -> AbstractContextManager[list]:
+        latents = [request.latent for request in requests]
+        if all(latent is None for latent in latents):
+            return nullcontext([])
+        return self._latents.steer(
+            latents, [pad + request.fork for pad, request in zip(padding, requests, strict=True)]
+        )
 
 
 @contextmanager

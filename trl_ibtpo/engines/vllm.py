@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-from .base import LIKELIEST, Rollout, RolloutRequest, truncated_entropy
+from .base import LIKELIEST, Rollout, RolloutRequest, refuse_latents, truncated_entropy
 
 
 class VLLMEngine:
@@ -51,6 +51,7 @@ class VLLMEngine:
         self.prefix_tokens = 0
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
+        refuse_latents(requests, "vLLM has no place for it in its layers")
         for request in requests:
             seed = request.seed if self._request_seeds else None
             arguments = {**self._sampling, "max_tokens": request.max_tokens, "seed": seed}

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from .base import LIKELIEST, Rollout, RolloutRequest, truncated_entropy
+from .base import LIKELIEST, Rollout, RolloutRequest, refuse_latents, truncated_entropy
 
 
 class VLLMServerEngine:
@@ -33,6 +33,7 @@ class VLLMServerEngine:
         self._in_flight: dict[Future, Hashable] = {}
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
+        refuse_latents(requests, "a vLLM server takes none")
         for request in requests:
             self._in_flight[self._executor.submit(self._generate, request)] = request.request_id
 
