@@ -32,6 +32,7 @@ def test_pure_floors_load_neither_torch_nor_trl():
         "advantages",
         "growth",
         "segments",
+        "paths",
     ]
     code = (
         f"import importlib, sys\nfor name in {modules}:\n    importlib.import_module(f'trl_ibtpo.{{name}}')\n"
@@ -47,6 +48,7 @@ FLOORS = [
         "steps",
         "tree",
         "budget",
+        "i2b_lpo",
         "engines/base",
         "training/time_limit",
         "training/group_statistics",
@@ -72,7 +74,7 @@ FLOORS = [
     ],
     ["branching", "advantages", "prefix_sharing/trainer_mixin"],
     ["growth"],
-    ["segments"],
+    ["segments", "paths"],
     ["viewing/records"],
     ["viewing/drawing", "viewing/reading"],
     ["viewing/text", "viewing/library"],
@@ -86,7 +88,7 @@ FLOORS = [
     ],
     [
         *("training/rewards", "training/checks", "training/metrics", "training/model_card", "evaluation/samples"),
-        *("training/completions_table", "training/progress"),
+        *("training/completions_table", "training/progress", "training/path_filter"),
     ],
     ["training/reports", "training/generation", "evaluation/questions", "evaluation/harness"],
     ["ibtpo_trainer"],

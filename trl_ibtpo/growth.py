@@ -49,6 +49,7 @@ class GrowthSettings:
     adaptive_budget: int | None = None
     success_range: tuple[float, float] | None = None
     fork_keeps_token: bool = False
+    path_filter: str | None = None
 
     @cached_property
     def leaves(self) -> int:
@@ -100,6 +101,17 @@ class GrownTree:
     scores: TreeScores
     settings: GrowthSettings
     choices: Sequence[Choice] = ()  # one a round
+    filtered: "FilteredPaths | None" = None  # where not all leaves were kept
+
+
+@dataclass(frozen=True)
+class FilteredPaths:
+    """What a tree was before some of its leaves were left out, see `paths`."""
+
+    whole: GrownTree
+    kept: list[int]  # leaves of the whole tree that are left
+    scores_L: np.ndarray  # by which they were chosen; NaN for initial rollouts
+    rewards_LF: np.ndarray  # of all leaves, by each reward function
 
 
 @dataclass(slots=True)
@@ -311,7 +323,7 @@ class TreeGrower:
         priority_M = self._strategy(self.tree, scores, self._rng)
         eligible_M = forks.open_M & ~np.isnan(priority_M) & (forks.end_M < self._answer_starts()[forks.step_M])
         if settings.groups > 1:
-            group_N = self.tree.leaf_mean([branch.group for branch in self._branches])
+            group_N = self.tree.leaf_mean(self.tree.groups)
             eligible_M &= group_N[forks.step_M] == group
         eligible = int(eligible_M.sum())
         if not eligible:
@@ -398,7 +410,7 @@ class TreeGrower:
         return starts
 
     def _submit(self, after: int, group: int = 0) -> RolloutRequest:
-        leaf = self.tree.open(after, self._round(group))
+        leaf = self.tree.open(after, self._round(group), group)
         prefix = self.tree.prefix(after)
         self._branches.append(_Branch(leaf, after, prefix, self._now, group))
         self._pending.append(self._branches[-1])
@@ -413,7 +425,7 @@ class TreeGrower:
     def _asks_for_entropies(self, leaf: int) -> bool:
         """Whether forks of this rollout are chosen by them, or whether it is kept or not."""
         initial = self.tree.rounds[leaf] == 0
-        return initial and uses_entropies(self._strategy)
+        return (initial and uses_entropies(self._strategy)) or self.settings.path_filter == "advantage"
 
     def _round(self, group: int) -> int:
         """Which round of its group the next rollout belongs to; 0 for the initial ones."""

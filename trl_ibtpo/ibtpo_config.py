@@ -11,6 +11,7 @@ from trl import GRPOConfig
 from .advantages import ADVANTAGES, BY_VALUE, CreditSettings
 from .branching import STRATEGIES, rounds_of, uses_rewards
 from .growth import GrowthSettings
+from .i2b_lpo import check_paths
 from .training.success import parse_rule
 from .values import VALUES
 from .weights import SharedTokenWeight
@@ -194,6 +195,16 @@ class IBTPOConfig(GRPOConfig):
             Where entropies come from with vLLM, which gives no more than 20 log-probabilities a token: `"exact"` is a
             pass of the policy over what was sampled, `"truncated"` the entropy among the 20 likeliest tokens. With
             transformers they are exact and cost no pass.
+        path_filter (`str`, *optional*):
+            Which branches of each initial rollout are trained on, with `branching="entropy_fork"`: the `paths_kept` of
+            highest score. `"advantage"` scores by the mean of advantage times entropy over the tokens after the fork,
+            `"pmi"` by what the path says about the answer, less what it says about the question; docs/i2b_lpo.md has
+            both. All are rewarded; those that are left out enter no statistics. `None` keeps all.
+        paths_kept (`int`, *optional*):
+            Branches of each initial rollout that `path_filter` keeps, fewer than there are. A question then has
+            \( B_0 (1 + N) \) rows in a batch. \( N \) of I2B-LPO.
+        answer_column (`str`, *optional*, defaults to `"solution"`):
+            Column of the dataset with the right answer, which `path_filter="pmi"` needs.
         step_delimiter (`str` or `list[str]`, *optional*, defaults to `"\n\n"`):
             Text that ends a step, or several of which each does.
         step_min_tokens (`int`, *optional*, defaults to `1`):
@@ -417,6 +428,20 @@ class IBTPOConfig(GRPOConfig):
             "choices": ["exact", "truncated"],
         },
     )
+    path_filter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which branches of each initial rollout are trained on: those of highest score. If `None`, all.",
+            "choices": ["advantage", "pmi"],
+        },
+    )
+    paths_kept: int | None = field(
+        default=None, metadata={"help": "Branches of each initial rollout that `path_filter` keeps."}
+    )
+    answer_column: str = field(
+        default="solution",
+        metadata={"help": "Column of the dataset with the right answer, which the filter 'pmi' needs."},
+    )
     step_delimiter: str = field(  # one on a command line; a list of them in Python and in a YAML file
         default="\n\n",
         metadata={"help": "Text that ends a step, or several of which each does."},
@@ -540,7 +565,8 @@ class IBTPOConfig(GRPOConfig):
         self._check_tree()
         self._check_budget()
         self._check_credit()
-        group = self.growth_settings.leaves
+        check_paths(self)
+        group = self.rows_per_question
         if self.num_generations not in (None, group):
             per_tree = self.growth_settings.groups == 1
             terms = (
@@ -552,6 +578,13 @@ class IBTPOConfig(GRPOConfig):
             values = terms
             for name in names:
                 values = values.replace(name, str(getattr(self, name)))
+            if self.path_filter is not None:
+                raise ValueError(
+                    f"`num_generations` is {self.num_generations!r}, but `path_filter` keeps {group} trajectories of "
+                    f"each question: tree_initial_rollouts * (1 + paths_kept) = {self.tree_initial_rollouts} * (1 + "
+                    f"{self.paths_kept}) = {group}, of {self.growth_settings.leaves} that are sampled. Leave "
+                    "`num_generations` out, or change these."
+                )
             raise ValueError(
                 f"`num_generations` is {self.num_generations!r}, but the tree has {group} trajectories: {terms} = "
                 f"{values} = {group}. Leave `num_generations` out, or change the tree"
@@ -569,6 +602,13 @@ class IBTPOConfig(GRPOConfig):
     def growth_settings(self) -> GrowthSettings:
         """What the growth of a tree depends on."""
         return GrowthSettings(**{each.name: getattr(self, each.name) for each in fields(GrowthSettings)})
+
+    @property
+    def rows_per_question(self) -> int:
+        """Trajectories of a question that are trained on: all leaves of its tree, or those that a filter keeps."""
+        if self.path_filter is None:
+            return self.growth_settings.leaves
+        return self.tree_initial_rollouts * (1 + self.paths_kept)
 
     @property
     def step_delimiters(self) -> list[str]:
@@ -616,8 +656,9 @@ class IBTPOConfig(GRPOConfig):
                     raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be {rule}.")
         for each in fields(self):
             choices = each.metadata.get("choices")
-            if each.name in IBTPOConfig.__annotations__ and choices and getattr(self, each.name) not in choices:
-                raise ValueError(f"`{each.name}` is {getattr(self, each.name)!r}; it must be one of {choices}.")
+            allowed = choices and ([*choices, None] if each.default is None else choices)
+            if each.name in IBTPOConfig.__annotations__ and choices and getattr(self, each.name) not in allowed:
+                raise ValueError(f"`{each.name}` is {getattr(self, each.name)!r}; it must be one of {allowed}.")
         if self.growth_settings.leaves < 2:
             raise ValueError(
                 f"The tree has one trajectory (`tree_initial_rollouts` is {self.tree_initial_rollouts}, `tree_levels` "

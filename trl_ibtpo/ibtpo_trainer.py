@@ -150,7 +150,8 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
         if self.use_vllm and self.vllm_mode == "colocate" and runs_on_cpu():
             self.vllm_generation = CPUVLLMGeneration.adopt(self.vllm_generation)
         measures = uses_entropies(self._strategy) and args.fork_entropy == "exact"
-        checks.refuse_sharded_growth(self._dist, args, self.reward_funcs, forward=measures)
+        forward = measures or args.path_filter == "pmi"
+        checks.refuse_sharded_growth(self._dist, args, self.reward_funcs, forward=forward)
         self._check_process_share()
         self._choose_forward()
         self._success = Success(self.reward_func_names, args.success_reward, args.success_range, success_func)
@@ -360,11 +361,13 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
             shape = f"{self.num_generations} independent completions per question"
         else:
             shape = (
-                f"trees of {self.num_generations} trajectories per question (B0={args.tree_initial_rollouts}, "
+                f"trees of {args.growth_settings.leaves} trajectories per question (B0={args.tree_initial_rollouts}, "
                 f"L={args.tree_levels}, K={args.tree_nodes_per_level}, B={args.tree_branches_per_node}), "
                 f"branching '{self._branching}'"
             )
         trees = args.per_device_train_batch_size * args.steps_per_generation // self.num_generations
+        if args.path_filter is not None:
+            shape += f", of which {self.num_generations} are kept (by '{args.path_filter}')"
         if args.adaptive_budget is not None:
             shape += (
                 f", on average: from {args.tree_initial_rollouts} on, a question stops when it has "

@@ -59,6 +59,7 @@ class RolloutTree:
         self.leaves: list[int] = []  # step index of each rollout's last step so far
         self.branch_steps: list[int] = []  # step index each rollout was opened after
         self.rounds: list[int] = []  # round that each rollout belongs to, 0 for the initial ones
+        self.groups: list[int] = []  # which initial rollout each belongs to where these have rounds of their own, or 0
         self.rewards: list[float] = []  # of each leaf, from the function that names success; NaN where unknown
         self.success: list[float] = []  # the same in [0, 1], see `add_reward`
         self._range = success_range or (0.0, 1.0)  # the same, or what they are so far
@@ -91,11 +92,12 @@ class RolloutTree:
                 self._steps.append(Step(parent, ids, logprobs, end, children[step], self._observed[step]))
         return self._steps
 
-    def open(self, after: int, round: int = 0) -> int:
+    def open(self, after: int, round: int = 0, group: int = 0) -> int:
         """Start a rollout, still without tokens, that continues the prefix of step `after`; returns its leaf index."""
         self.leaves.append(after)
         self.branch_steps.append(after)
         self.rounds.append(round)
+        self.groups.append(group)
         self.rewards.append(nan)
         self.success.append(nan)
         return len(self.leaves) - 1

@@ -21,8 +21,8 @@ class VLLMEngine:
             not on what else is in the batch.
         lora_request: vLLM's `LoRARequest` of the adapter to sample with, if any.
 
-    A request that asks for entropies gets those among the `LIKELIEST` tokens: vLLM gives no others. For exact ones, see
-    `TeacherForcedEntropies`.
+    A request that asks for entropies gets those among the `LIKELIEST` tokens: vLLM gives no others. Exact ones come
+    from `TeacherForcedEntropies`.
     """
 
     clock = "tokens"

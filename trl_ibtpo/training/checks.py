@@ -310,6 +310,12 @@ def _check_dataset(dataset: Any, args: GRPOConfig) -> None:
             f"`train_dataset` has no column 'prompt' (it has: {', '.join(map(str, columns)) or 'none'}). Rename the "
             "question's column, for example `dataset.rename_column('question', 'prompt')`."
         )
+    if columns is not None and args.path_filter == "pmi" and args.answer_column not in columns:
+        raise ValueError(
+            f"`train_dataset` has no column '{args.answer_column}' (it has: {', '.join(map(str, columns))}), but "
+            "`path_filter='pmi'` asks how likely the right answer is. Name the column that holds it in "
+            "`answer_column`, or use `path_filter='advantage'`."
+        )
     if columns is not None and {"image", "images"} & set(columns):
         raise ValueError(NO_IMAGES)
     # TRL drops an incomplete batch, and so would end at once without a word.

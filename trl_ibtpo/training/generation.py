@@ -25,11 +25,12 @@ from ..engines.vllm_server import VLLMServerEngine
 from ..growth import GrownTree, TreeGrower, drive, leaf_budget
 from ..segments import make_grower
 from . import checks
+from .path_filter import PathFilter
 from .rewards import RewardScorer
 from .teacher_forcing import teacher_forced
 
 
-class TreeGeneration:
+class TreeGeneration(PathFilter):
     """For a `GRPOTrainer` with an `IBTPOConfig`: grows trees with the current policy."""
 
     _last_batch = (-1, 0)  # optimizer step, and which of its generation batches
@@ -66,11 +67,16 @@ class TreeGeneration:
     ) -> tuple[list[GrownTree], RewardScorer]:
         """Grow one tree for each run of G equal prompts; makes no collective call while trees grow."""
         uneven = self.args.adaptive_budget is not None
-        scorer = self._make_scorer(inputs, self.num_generations, self._decoder(inputs, prompt_ids), uneven)
+        leaves = self.args.growth_settings.leaves
+        rows, row_ids = inputs, prompt_ids  # one a leaf
+        if leaves != self.num_generations:  # some will be left out
+            sources = [first for first in range(0, len(inputs), self.num_generations) for _ in range(leaves)]
+            rows, row_ids = [deepcopy(inputs[row]) for row in sources], [prompt_ids[row] for row in sources]
+        scorer = self._make_scorer(rows, leaves, self._decoder(rows, row_ids), uneven)
         with (
             self._engine() as engine,
             tqdm(
-                total=len(prompt_ids),
+                total=len(rows),
                 desc="Growing trees",
                 unit="rollout",
                 leave=False,
@@ -84,6 +90,9 @@ class TreeGeneration:
         scorer.arrange([len(grower.tree.leaves) for grower in growers])
         scorer.warn_of_timeouts()
         grown = [grower.grown() for grower in growers]
+        if self.args.path_filter is not None:
+            grown, kept = self._filter_paths(grown, scorer.rewards, rows)
+            scorer.keep(kept)
         self._look_for_steps(grown)
         return grown, scorer
 
