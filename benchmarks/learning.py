@@ -27,8 +27,8 @@ from tqdm.auto import tqdm
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of two runs would wait for one another
 
-from benchmarks import common, learning_report
-from benchmarks.learning_report import Run
+from benchmarks import common, learning_tables
+from benchmarks.learning_tables import Run
 from benchmarks.tasks import TASKS, Chain
 
 RESULTS = Path(__file__).parent / "results" / "learning.jsonl"
@@ -47,7 +47,7 @@ def planned() -> list[Run]:
         ("chain10", weights, range(2)),
         ("chain7", ["ib_once", "random", "random_once"], range(4)),
         ("chain7", weights + choice, range(8, 16)),
-        ("chain7", list(learning_report.METHOD_NAMES), range(6)),
+        ("chain7", list(learning_tables.METHOD_NAMES), range(6)),
         ("chain10", weights + choice, range(6)),
         ("chain8", weights + choice, range(6)),
         ("chain12", weights + choice, range(16)),
@@ -79,7 +79,7 @@ def commit() -> str:
 def work(runs: list[Run], settings: dict[str, Any], args, tasks: dict[str, Chain]) -> None:
     """Do the runs that are missing in `args.results`, `args.workers` at a time."""
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    done = learning_report.load(args.results).complete
+    done = learning_tables.load(args.results).complete
     left: Iterator[Run] = iter([run for run in runs if run not in done])
     code, begun, log = commit(), time.monotonic(), CACHE.parent / "learning.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -145,10 +145,12 @@ def main() -> None:
         changed = {name: getattr(args, name) for name in ("learning_rate", "updates", "questions")}
         changed = {name: value for name, value in changed.items() if value is not None}
         work(runs, {name: replace(setting, **changed) for name, setting in settings.items()}, args, tasks)
-    results = learning_report.load(args.results)
+    results = learning_tables.load(args.results)
     if args.report:
+        from benchmarks import learning_report  # draws, which runs need not
+
         learning_report.write(results)
-    rows = learning_report.tables(results)
+    rows = learning_tables.tables(results)
     common.report("Held-out accuracy of runs that are done", rows, args)
     if args.json is not None:  # a row for each checkpoint, in place of the table
         checkpoints = [row for done in results.complete.values() for row in done]

@@ -14,7 +14,7 @@ from test_growth import Splitter
 from test_scores import NAN, build, trees
 
 from trl_ibtpo import IBTPOTrainer
-from trl_ibtpo.branching import Pivot, contrast, make_strategy, segments, shrunken_density
+from trl_ibtpo.branching import Pivot, contrast, make_strategy, segments, shrunken_density, turn_entropy
 from trl_ibtpo.engines.base import Rollout
 from trl_ibtpo.growth import GrowthSettings, TreeGrower
 from trl_ibtpo.scores import score_tree
@@ -280,6 +280,30 @@ def test_pivot_learns_from_its_branches_alone():
     assert make_strategy("pivot").seen == []  # each trainer has one of its own
 
 
+# ----- turn_entropy --------------------------------------------------------------------------------------------------
+
+
+def test_turn_entropy_by_hand():
+    # 0 +- 1 o +- 2        o: a tool result
+    #   |      +- 5 -- 6
+    #   +- 3 o -- 4
+    def grow(observation):
+        tree = RolloutTree([9])
+        for after, logprobs, ends in (
+            (0, [-1.0, -3.0, observation, -0.5, -1.5], [3, 5]),
+            (0, [-2.0, observation, observation, *[-3.0] * 20, -1000.0], [3, 24]),
+            (1, [-3.0, -9.0], [1, 2]),
+        ):
+            tree.extend(tree.open(after), [7] * len(logprobs), logprobs, ends)
+        return turn_entropy(tree, score_tree(tree, beta=5.0), np.random.default_rng(0))
+
+    # H(question) = (1 + 3 + 2) / 3 = 2;   H(1) = (.5 + 1.5 + 3) / 3 = 5/3;   H(3) = 3, the 21st token does not count
+    np.testing.assert_allclose(grow(None), [NAN, -1 / 3, NAN, 1.0, NAN, NAN, NAN])
+    # No tool results: every step with children counts, and the three tokens of -6 are tokens like all others.
+    # H(question) = (1 + 3 + 6 + 2 + 6 + 6) / 6 = 4
+    np.testing.assert_allclose(grow(-6.0), [0.0, 5 / 3 - 4, NAN, -1.0, NAN, 9.0 - 4, NAN])
+
+
 # ----- contrast ------------------------------------------------------------------------------------------------------
 
 
@@ -405,4 +429,6 @@ RECIPES = re.findall(
 def test_a_recipe_is_a_configuration(config, method, fields):
     assert len(RECIPES) >= 6
     args = config(**json.loads(fields))
-    assert args.num_generations == {"TreeRL": 30, "TreePO": 16, "DEEP-GRPO": 16, "GRPO": 8, "IBRO": 8}.get(method, 12)
+    assert args.num_generations == {"TreeRL": 30, "ARPO": 16, "TreePO": 16, "DEEP-GRPO": 16, "GRPO": 8, "IBRO": 8}.get(
+        method, 12
+    )

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_ibtpo import IBTPOTrainer
 from trl_ibtpo.cli.main import main
 from trl_ibtpo.cli.tree import make_parser
+from trl_ibtpo.evaluation.questions import Grader
 from trl_ibtpo.viewing.reading import parse_record
 
 ROOT = Path(__file__).parent.parent
@@ -217,6 +218,8 @@ def test_tree_is_printed_drawn_and_written(growing, tmp_path, capsys):
     success = [leaf["success"] for leaf in written["leaves"]]
     assert set(success) <= {0.0, 1.0}
     assert f"8 trajectories: {success.count(1.0)} right, {success.count(0.0)} wrong, 0 unscored" in printed.out
+    unread = sum(Grader("7").grade(leaf_text)[1] is None for leaf_text in leaf_texts(written))
+    assert unread > 0 and f"In {unread} of 8 completions math-verify found no answer" in printed.err
     nodes = written["nodes"]
     assert nodes[0]["density"] == pytest.approx(sum(success) / 8)
     assert nodes[0]["parent"] == -1 and all(node["parent"] < index for index, node in enumerate(nodes))
@@ -227,6 +230,17 @@ def test_tree_is_printed_drawn_and_written(growing, tmp_path, capsys):
     # The same seed grows the same tree.
     assert main([*arguments, "--json", str(tmp_path / "again.json")]) == 0
     assert json.loads((tmp_path / "again.json").read_text())["nodes"] == nodes
+
+
+def leaf_texts(record: dict) -> list[str]:
+    """The completion of every leaf."""
+    texts, nodes = [], record["nodes"]
+    for leaf in record["leaves"]:
+        node, text = leaf["node"], ""
+        while node > 0:
+            node, text = nodes[node]["parent"], nodes[node]["text"] + text
+        texts.append(text)
+    return texts
 
 
 def test_tree_without_an_answer(growing, tmp_path, capsys):

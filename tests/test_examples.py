@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import agents
 import pytest
 import tiny
 import torch
@@ -27,7 +28,8 @@ from trl.rewards import accuracy_reward
 from trl_ibtpo import IBTPOConfig
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
+AGENT_RECIPE = EXAMPLES / "recipes" / "agent_qwen3_0.6b.yaml"
+RECIPES = sorted(set((EXAMPLES / "recipes").glob("*.yaml")) - {AGENT_RECIPE})
 ACCELERATE_CONFIGS = sorted((EXAMPLES / "accelerate_configs").glob("*.yaml"))
 
 
@@ -272,6 +274,70 @@ def test_instructions_are_kept():
 def test_unknown_columns(row, missing):
     with pytest.raises(ValueError, match=f"A row has no {missing}. Its columns: {', '.join(row)}"):
         load_script("ibtpo_math").to_conversation(row)
+
+
+# ----- tools and environments ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"), [("12 * (3 + 4)", "84"), ("-7 / 2", "-3.5"), ("1 + 2 - 3", "0"), ("6 / 2", "3")]
+)
+def test_the_calculator_calculates(expression, value):
+    assert load_script("ibtpo_calculator").calculate(expression) == value
+
+
+@pytest.mark.parametrize("expression", ["9 ** 9 ** 9", "open('x')", "'a' * 3", "1 +", "(" * 300, "a.b"])
+def test_the_calculator_executes_nothing_else(expression):
+    with pytest.raises((ValueError, SyntaxError)):
+        load_script("ibtpo_calculator").calculate(expression)
+
+
+def test_the_last_number_is_the_answer():
+    reward = load_script("ibtpo_calculator").right_answer
+    turns = [[{"content": "12"}, {"content": said}] for said in ("The sum is 12.", "12, or 13", "")]
+    assert reward(turns, ["12", "12", "12"]) == [1.0, 0.0, 0.0]
+
+
+def test_the_game_goes_back_to_a_board():
+    """A board that can be solved by one move, left and found again."""
+    script = load_script("ibtpo_game")
+    board = "o" * 12 + "ooAAoo" + "o" * 6 + "Booooo" * 2
+    first, second = script.RushHour(), script.RushHour()
+    assert "..AA.." in first.reset(board=board) and second.reset(board=board)
+    assert "...AA." in first.move("A", 1)
+    state = first._snapshot()
+    assert first.move("A", 1) == "Solved." and first.get_reward() == 1.0
+    for environment in (second, first):
+        environment._restore(state)
+        assert "...AA." in environment.board.board_str() and environment.get_reward() == 0.0
+        assert environment.move("A", 4) == "Solved."
+    for vehicle, steps in (("x", 1), ("AB", 1), ("Z", 1), ("A", 10**9)):
+        with pytest.raises(ValueError, match="vehicle"):
+            first.move(vehicle, steps)
+
+
+def test_agents(tmp_path, capsys):
+    """They train, with a template that renders tools: one as a process, the other in this one, to save time."""
+    folder = tiny.save_tiny(tmp_path / "model", agents.tokenizer())
+    fields = {"model_name_or_path": folder, "task_size": 20, **SMALL}
+    logs = run(EXAMPLES / "ibtpo_game.py", tmp_path, **fields)
+    assert len(logs) == 2 and all("tools/call_frequency" in entry for entry in logs)
+    assert "tree/restored" in logs[0]
+    script = load_script("ibtpo_calculator")
+    flags = [text for name, value in fields.items() for text in (f"--{name}", str(value))]
+    parser = TrlParser((script.TaskArguments, IBTPOConfig, ModelConfig))
+    script.main(*parser.parse_args_and_config([*flags, "--output_dir", str(tmp_path / "calculator")]))
+    written = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{'loss'")]
+    assert len(written) == 2 and all("tools/call_frequency" in line for line in written)
+    assert (tmp_path / "calculator" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["ibtpo_calculator", "ibtpo_game"])
+def test_agent_recipe(tmp_path, name):
+    flags = ["--config", str(AGENT_RECIPE), "--use_cpu", "True", "--bf16", "False", "--output_dir", str(tmp_path)]
+    parser = TrlParser((load_script(name).TaskArguments, IBTPOConfig, ModelConfig))
+    _, args, _ = parser.parse_args_and_config(flags)
+    assert args.num_generations == 12 and args.tool_timeout == 10
 
 
 # ----- recipes and accelerate configs --------------------------------------------------------------------------------

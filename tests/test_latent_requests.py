@@ -18,12 +18,12 @@ class Push:
         self.forks, self.open = None, False
 
     @contextmanager
-    def steer(self, latents, forks):
-        shift = torch.zeros(len(latents), len(TOKENIZER))
-        for row, latent in zip(shift, latents, strict=True):
-            if latent is not None:
-                row[: len(latent)] = torch.tensor(latent)
-        self.forks, self.open = forks, True
+    def steer(self, requests, padding):
+        shift = torch.zeros(len(requests), len(TOKENIZER))
+        for row, request in zip(shift, requests, strict=True):
+            if request.latent is not None:
+                row[: len(request.latent)] = torch.tensor(request.latent)
+        self.forks, self.open = [pad + each.fork for pad, each in zip(padding, requests, strict=True)], True
         try:
             yield [lambda input_ids, scores: scores + shift]
         finally:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import learning, learning_report
-from benchmarks.learning_report import Estimate, Run, holm
+from benchmarks import estimates, learning, learning_pictures, learning_report, learning_tables
+from benchmarks.estimates import Estimate, holm
+from benchmarks.learning_tables import Run
 
 # Of Student's distribution, from printed tables: 97.5% points by degrees of freedom.
-T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 10: 2.228, 15: 2.131, 30: 2.042}
+T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
+T_975 |= {11: 2.201, 12: 2.179, 13: 2.160, 14: 2.145, 15: 2.131, 30: 2.042}
 
 
 def rows(path: Path) -> list[dict]:
@@ -23,14 +25,22 @@ def small_file(path: Path) -> Path:
     lines = []
     finals = {("grpo_8", 0): 0.5, ("grpo_8", 1): 0.4, ("grpo_8", 2): 0.45, ("grpo_8", 3): 0.6}
     finals |= {("ibtpo", 0): 0.55, ("ibtpo", 1): 0.52, ("ibtpo", 2): 0.47}
+    finals |= {("confidence_once", 1): 0.52, ("confidence_once", 2): 0.47, ("random_once", 0): 0.3}
+    finals |= {("random_once", 1): 0.33}
     for (method, seed), final in finals.items():
         named = {"task": "chain7", "method": method, "seed": seed}
         started = {**named, "event": "started"}
         half = {**named, "generated_tokens": 50, "trained_tokens": 70, "cpu_seconds": 1.0, "accuracy": final / 2}
-        half |= {"final": final, "area": final / 2}
+        half |= {"final": final, "area": final / 2, "entropy": 0.2, "effective_rate": 0.5 + 0.01 * seed}
+        if method == "ibtpo":
+            half |= {"covariance": 0.02 * final, "trained_tokens": 30, "cpu_seconds": 3.0}
         if (method, seed) == ("grpo_8", 2):
             lines += [started, {**half, "final": 0.0}]  # killed while its rows were written
-        lines += [started, half, {**half, "generated_tokens": 100, "trained_tokens": 140, "accuracy": final}]
+        whole = {"generated_tokens": 100, "trained_tokens": 2 * half["trained_tokens"], "cpu_seconds": 4.0 + seed}
+        begun = {**half, "generated_tokens": 0, "trained_tokens": 0, "cpu_seconds": 0.0, "accuracy": 0.1}
+        for name in ("entropy", "effective_rate", "covariance"):
+            begun.pop(name, None)
+        lines += [started, begun, half, {**half, **whole, "accuracy": final, "entropy": 0.1 * final}]
     lines += [{"task": "chain7", "method": "ibtpo", "seed": 3, "event": "started"}]
     lines += [{"task": "chain7", "method": "ibtpo", "seed": 3, "event": "failed", "error": "ValueError: no"}]
     lines += [{"task": "chain7", "method": "grpo_8", "seed": 4, "event": "started"}]
@@ -69,44 +79,122 @@ def numbers(text: str) -> list[float]:
 
 @pytest.mark.parametrize("key", ["final", "area"])
 def test_a_second_reader_finds_the_same_means_differences_and_intervals(results_file, key, capsys):
-    results, checked = learning_report.load(results_file), 0
-    for row in learning_report.tables(results):
+    results, checked = learning_tables.load(results_file), 0
+    for row in learning_tables.tables(results):
         ours = second_reader(results_file, row["task"], row["method"], key)
         assert row["done"] == len(ours)
-        if len(ours) - 1 in T_975:
+        if len(ours) > 1:
             assert numbers(row[key]) == pytest.approx(interval(ours.values()), abs=0.06)
             checked += 1
         theirs = second_reader(results_file, row["task"], "grpo_8", key)
         pairs = [ours[seed] - theirs[seed] for seed in sorted(set(ours) & set(theirs))]
         assert row["pairs"] == len(pairs)
-        if row["method"] != "grpo_8" and len(pairs) - 1 in T_975:
+        if row["method"] != "grpo_8" and len(pairs) > 1:
             assert numbers(row[f"{key} - grpo_8"]) == pytest.approx(interval(pairs), abs=0.06)
             checked += 1
     assert checked >= 2 or results_file == learning.RESULTS  # which may be at its beginning
     for task in results.tasks():
-        for claim in learning_report.claims(results, task):
+        for claim in learning_tables.claims(results, task):
             ours, theirs = (second_reader(results_file, task, claim[name], key) for name in ("method", "base"))
             pairs = [ours[seed] - theirs[seed] for seed in sorted(set(ours) & set(theirs))]
             assert claim[key].count == len(pairs)
-            if len(pairs) - 1 in T_975:
+            if len(pairs) > 1:
                 assert numbers(claim[key].text()) == pytest.approx(interval(pairs), abs=0.06)
 
 
+def cells(table: str) -> dict[str, list[str]]:
+    """The rows of a Markdown table by their first cell."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    return {first: rest for first, *rest in lines}
+
+
+def last_rows(path: Path, task: str, method: str, last: int = -1) -> dict[int, dict]:
+    """A row of each seed, by its place among those that have a figure, after the run's last start."""
+    found = {}
+    for row in rows(path):
+        if (row["task"], row["method"]) == (task, method) and row.get("event") == "started":
+            found[row["seed"]] = []
+        elif (row["task"], row["method"]) == (task, method) and "entropy" in row:
+            found[row["seed"]].append(row)
+    return {seed: lines[last] for seed, lines in found.items() if lines}
+
+
+def test_a_second_reader_finds_the_same_in_the_tables_of_the_page(results_file):
+    results = learning_tables.load(results_file)
+    for task in results.tasks():
+        table = cells(learning_tables.method_table(results, task))
+        logged = cells(learning_tables.dynamics_table(results, task))
+        price = learning_report.price(results, task)
+        base = last_rows(results_file, task, "grpo_8")
+        for method in results.methods(task):
+            name = learning_tables.METHOD_NAMES[method]
+            last, first = last_rows(results_file, task, method), last_rows(results_file, task, method, 0)
+            _, final, area, apart, pairs, trained, seconds = table[name]
+            if not last:
+                assert (final, area, trained, seconds, name in logged) == ("none done", "none done", "-", "-", False)
+                continue
+            for key, shown in (("trained_tokens", trained), ("cpu_seconds", seconds)):
+                assert int(shown.replace(",", "")) == pytest.approx(
+                    statistics.mean(row[key] for row in last.values()), abs=0.51
+                )
+            for key, shown in (("final", final), ("area", area)):
+                if len(last) > 1:
+                    assert numbers(shown) == pytest.approx(interval([row[key] for row in last.values()]), abs=0.06)
+            both = sorted(set(last) & set(base))
+            if method != "grpo_8":
+                assert int(pairs) == len(both)
+            if method != "grpo_8" and len(both) > 1:
+                differences = [last[seed]["area"] - base[seed]["area"] for seed in both]
+                assert numbers(apart) == pytest.approx(interval(differences), abs=0.06)
+            for key, shown in zip(("entropy", "effective_rate", "covariance"), logged[name], strict=True):
+                if key in last[both[0]]:
+                    means = [statistics.mean(row[key] for row in found.values()) for found in (first, last)]
+                    assert [float(word) for word in shown.split(" to ")] == pytest.approx(means, abs=6e-4)
+                else:
+                    assert shown == "-"
+            if both and method in learning_tables.MAIN[1:]:
+                ratios = [
+                    sum(last[seed][key] for seed in both) / sum(base[seed][key] for seed in both)
+                    for key in ("trained_tokens", "cpu_seconds")
+                ]
+                shown = price.split(f"{name} ")[1].split(";")[0].rstrip(".\n").split(" and ")
+                assert [float(word) for word in shown] == pytest.approx(ratios, abs=6e-3)
+
+
+def test_pictures_show_what_the_rows_say(tmp_path):
+    file = small_file(tmp_path / "rows.jsonl")
+    results = learning_tables.load(file)
+    figures = learning_pictures.draw(results, "chain7", tmp_path)
+    assert set(figures) == {f"{kind}_chain7" for kind in ("learning", "dynamics", "differences", "others")}
+    assert {path.stem for path in tmp_path.glob("*.png")} == set(figures)
+    for figure in figures.values():
+        texts = [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
+        assert any(texts) and not any("`" in text for text in texts)
+    curves = {line.get_color(): line.get_ydata() for line in figures["learning_chain7"].axes[0].lines}
+    for method in ("grpo_8", "ibtpo", "confidence_once"):
+        ends = statistics.mean(second_reader(file, "chain7", method, "accuracy").values())
+        curve = curves[f"C{learning_tables.MAIN.index(method)}"]
+        assert (curve[0], curve[-1]) == pytest.approx((0.1, ends))
+    final, area = (line for line in figures["others_chain7"].axes[0].lines if len(line.get_xdata()) == 1)
+    pairs = [0.3 - 0.5, 0.33 - 0.4]
+    assert (final.get_xdata()[0], area.get_xdata()[0]) == pytest.approx((50 * sum(pairs), 25 * sum(pairs)))
+
+
 def test_every_run_that_was_started_is_in_the_tables(results_file):
-    results = learning_report.load(results_file)
+    results = learning_tables.load(results_file)
     started = {
         (row["task"], row["method"], row["seed"]) for row in rows(results_file) if row.get("event") == "started"
     }
     assert {(run.task, run.method, run.seed) for run in results.started} == started
-    assert sum(row["started"] for row in learning_report.tables(results)) == len(started)
+    assert sum(row["started"] for row in learning_tables.tables(results)) == len(started)
     for task in results.tasks():
-        table = learning_report.run_table(results, task)
+        table = learning_tables.run_table(results, task)
         missing = [run for run in results.started if run.task == task and run not in results.complete]
         assert table.count("not done") + table.count("failed") == len(missing)
 
 
 def test_what_was_cut_off_does_not_count(tmp_path):
-    results = learning_report.load(small_file(tmp_path / "rows.jsonl"))
+    results = learning_tables.load(small_file(tmp_path / "rows.jsonl"))
     assert results.measured("chain7", "grpo_8", "final") == {0: 0.5, 1: 0.4, 2: 0.45, 3: 0.6}
     assert results.failed == {Run("chain7", "ibtpo", 3): "ValueError: no"}
     assert Run("chain7", "grpo_8", 4) not in results.complete
@@ -114,8 +202,8 @@ def test_what_was_cut_off_does_not_count(tmp_path):
 
 @pytest.mark.parametrize("degrees", T_975)
 def test_quantiles_of_students_distribution(degrees):
-    assert learning_report.t_quantile(degrees) == pytest.approx(T_975[degrees], abs=6e-4)
-    assert learning_report.two_sided_p(T_975[degrees], degrees) == pytest.approx(0.05, abs=5e-5)
+    assert estimates.t_quantile(degrees) == pytest.approx(T_975[degrees], abs=6e-4)
+    assert estimates.two_sided_p(T_975[degrees], degrees) == pytest.approx(0.05, abs=5e-5)
 
 
 def test_holm_by_hand():
@@ -127,14 +215,14 @@ def test_holm_by_hand():
 
 def test_one_pair_is_no_interval():
     alone = Estimate.of([0.1])
-    assert "one seed" in alone.text() and learning_report.verdict(alone, alone.p) == "not known"
+    assert "one seed" in alone.text() and learning_tables.verdict(alone, alone.p) == "not known"
 
 
 def test_the_page_is_made_of_the_rows(tmp_path):
     """Stale tables or sentences on the page would say something that the rows do not."""
     page = learning_report.PAGE.read_text()
     between = page.split(learning_report.BEGIN)[1].split(learning_report.END)[0]
-    assert between.strip() == learning_report.generated_part(learning_report.load(learning.RESULTS)).strip()
+    assert between.strip() == learning_report.generated_part(learning_tables.load(learning.RESULTS)).strip()
 
 
 def test_the_plan_names_the_runs_that_are_planned():

@@ -268,10 +268,19 @@ def test_async_reward_and_logging(config, model_path):
 
 
 def test_grow_trees(config, model_path):
-    """One tree per row, inspectable, without training."""
-    trainer = IBTPOTrainer(model_path, tiny.even_length, config(), tiny.questions())
+    """One tree per row, inspectable, without training; reward functions see its prompt, also after an evaluation."""
+    seen = []
+
+    def reward(prompts, completions, **kwargs):
+        seen.extend(prompts)
+        return tiny.even_length(completions)
+
+    trainer = IBTPOTrainer(model_path, reward, config(), tiny.questions(), tiny.questions(16).select(range(12, 16)))
+    trainer.evaluate()
+    seen.clear()
     grown = trainer.grow_trees([tiny.questions()[index] for index in range(2)])
     assert [len(each.tree.leaves) for each in grown] == [12, 12]
+    assert sorted(seen) == sorted(12 * tiny.questions()["prompt"][:2])
     assert all(success in (0.0, 1.0) for success in grown[0].tree.success)
     assert np.nanmax(grown[0].scores.density) <= 1
 

@@ -2,6 +2,7 @@
 
 import math
 
+import agents
 import pytest
 import tiny
 import trl.rewards
@@ -360,17 +361,42 @@ ROWS = {
     # what TRL has and a tree cannot use
     "not our config": ({"args": GRPO}, TypeError, "`args` is a GRPOConfig; IBTPOTrainer needs an IBTPOConfig"),
     "a dict as config": ({"args": {"output_dir": "out"}}, TypeError, "`args` is a dict; IBTPOTrainer needs an IBTPO"),
-    "tools": (
+    "tools that the template does not render": (
         {"tools": [tool]},
         ValueError,
-        "`tools` is not supported: .* Leave it out, or train with TRL's GRPOTrainer",
+        "The provided chat template does not support tool calling",
     ),
-    "environment": (
-        {"environment_factory": object},
+    "tools and prompts of text": (
+        {"tools": [tool], "processing_class": agents.tokenizer()},
         ValueError,
-        "`environment_factory` is not supported: .* Leave it",
+        "'prompt' of `train_dataset` holds the text 'What is .*', but tools need messages",
     ),
-    "rollout function": ({"rollout_func": tool}, ValueError, "`rollout_func` is not supported: .* Leave it out"),
+    "environment without reset": (
+        {"environment_factory": object, "processing_class": agents.tokenizer()},
+        ValueError,
+        "must define a callable `reset`",
+    ),
+    "a budget for all questions together, and tools": (
+        {"adaptive_budget": 1, "tools": [tool], "processing_class": agents.tokenizer()},
+        ValueError,
+        "`adaptive_budget` is 1, which cannot be combined with `tools` .* environment of its own",
+    ),
+    "no time for tools": (
+        {"tool_timeout": 0},
+        ValueError,
+        "`tool_timeout` is 0; it must be a positive number of seconds, for example 30, or None",
+    ),
+    "no tools at a time": (
+        {"tool_concurrency": 0},
+        ValueError,
+        "`tool_concurrency` is 0; it must be a whole number of at least 1, for example 32",
+    ),
+    "unknown way to an environment": (
+        {"environment_branching": "fork"},
+        ValueError,
+        r"`environment_branching` is 'fork'; it must be one of \['replay', 'deepcopy'\]",
+    ),
+    "rollout function": ({"rollout_func": tool}, ValueError, "`rollout_func` is not supported: .* `tools=`"),
     "continuous batching": (
         {"use_transformers_continuous_batching": True},
         ValueError,

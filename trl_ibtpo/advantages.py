@@ -259,9 +259,12 @@ def _checked(tree: RolloutTree, function: AdvantageFunction, terms: StepAdvantag
 
 
 def per_token(tree: RolloutTree, leaf: int, values_S: np.ndarray) -> np.ndarray:
-    """Spread values per step of trajectory `leaf` over its tokens; `(S,)` to `(T,)`, or `(..., S)` to `(..., T)`."""
+    """Spread values per step of trajectory `leaf` over its tokens, 0 on observations.
+
+    `(S,)` to `(T,)`, or `(..., S)` to `(..., T)`.
+    """
     ends_S = tree.ends()[tree.path(tree.leaves[leaf])]
-    return np.repeat(values_S, np.diff(ends_S, prepend=0), axis=-1)
+    return np.repeat(values_S, np.diff(ends_S, prepend=0), axis=-1) * tree.sampled(leaf)
 
 
 def whiten(

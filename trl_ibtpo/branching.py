@@ -136,6 +136,32 @@ def segments(active: int, finished: int, just_finished: int, width: int, diverge
     return max(active, min(max(width - finished, 0), divergence * (just_finished + active)))
 
 
+@without_rewards
+def turn_entropy(tree: RolloutTree, scores: TreeScores, rng: np.random.Generator) -> np.ndarray:
+    """ARPO (arXiv 2507.19849): after a tool result, where the next turn begins less certain than the first one did.
+
+        H(s) - H(question)
+
+    `H`: entropy of the `OPENING` tokens that follow a step or the question, as the mean surprisal `-log pi(y_t)` of
+    those that were sampled, over all children. Steps without a tool result have no priority, unless the tree has none
+    that goes on after one.
+    """
+    surprisal_M, step_M = -tree.token_logprobs(), tree.token_steps()
+    place_M = np.arange(len(step_M)) - np.searchsorted(step_M, step_M)  # in its step
+    opening = (place_M < OPENING) & ~np.isnan(surprisal_M)
+    parent_of = scores.parents[step_M[opening]]
+    total_N = np.bincount(parent_of, surprisal_M[opening], minlength=len(tree))
+    count_N = np.bincount(parent_of, minlength=len(tree))
+    entropy_N = np.divide(total_N, count_N, out=np.full(len(tree), np.nan), where=count_N > 0)
+    priority_N, after_tool_N = entropy_N - entropy_N[0], tree.observed() > 0
+    if (after_tool_N & (count_N > 0)).any():
+        priority_N[~after_tool_N] = np.nan
+    return priority_N
+
+
+OPENING = 20  # tokens of a turn in which ARPO's code looks for uncertainty
+
+
 def contrast(tree: RolloutTree, scores: TreeScores, rng: np.random.Generator) -> np.ndarray:
     """Where another answer is likeliest to come out for what it costs; ours, after TRACE (arXiv 2606.11119).
 
@@ -255,6 +281,7 @@ STRATEGIES: dict[str, Strategy | type | None] = {
     "entropy_fork": entropy_fork,
     "segments": segments,
     "pivot": Pivot,
+    "turn_entropy": turn_entropy,
     "contrast": contrast,
     "independent": None,
 }

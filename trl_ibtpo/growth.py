@@ -569,8 +569,13 @@ def drive(
             elif not in_flight and all(grower.done for grower in growers):
                 return
 
-            finished = engine.poll() if in_flight else []
-            polls += 1
+            finished, rewarded = [], []
+            while in_flight:  # most polls end no rollout and no tree's wait
+                finished, polls = engine.poll(), polls + 1
+                if finished or polls in asked_after or (rewarded := scorer.collect(False)):
+                    break
+            else:
+                polls += 1
             in_flight -= len(finished)
 
             ready = asked_after.pop(polls, set())
@@ -586,7 +591,7 @@ def drive(
                 scorer.submit(leaves)
 
             wait = not in_flight and not ready
-            rewarded = scorer.collect(wait)
+            rewarded = rewarded or scorer.collect(wait)
             if wait and not (requests or finished or rewarded):
                 raise RuntimeError("Trees wait for rewards, but the scorer has none pending.")
             for tree, leaf, reward in rewarded:

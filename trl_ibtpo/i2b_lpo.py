@@ -19,8 +19,8 @@ def check_paths(args: Any) -> None:
     if args.branching != "entropy_fork":
         raise ValueError(
             f"`path_filter` is {args.path_filter!r}, but `branching` is {args.branching!r}. It compares the "
-            "branches of an initial rollout with one another, which only `branching='entropy_fork'` gives it. Use that, or leave "
-            "`path_filter` out."
+            "branches of an initial rollout with one another, which only `branching='entropy_fork'` gives it. "
+            "Use that, or leave `path_filter` out."
         )
     branches = (args.tree_levels - 1) * args.growth_settings.branches_per_round
     kept = args.paths_kept

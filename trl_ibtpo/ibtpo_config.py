@@ -58,6 +58,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "that are the same number for every question",
     ),
     ("branch_lookahead", lambda value: _is_whole(value, 0), "a whole number from 0 (the paper)"),
+    ("tool_concurrency", _is_whole, "a whole number of at least 1, for example 32"),
     ("log_trees", lambda value: _is_whole(value, 0), "a whole number of training steps, or 0 to record no trees"),
     ("log_trees_count", _is_whole, "a whole number of at least 1"),
     (
@@ -96,7 +97,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "for example (-1.0, 1.5)",
     ),
     (
-        "reward_timeout",
+        "reward_timeout tool_timeout",
         lambda value: value is None or _is_positive(value),
         "a positive number of seconds, for example 30, or None for no limit",
     ),
@@ -166,9 +167,10 @@ class IBTPOConfig(GRPOConfig):
             reward), `"random"`, `"surprisal"` (TreeRL: the most surprising tokens are sampled again), `"segments"`
             (TreePO: paths are split after every step), `"entropy_fork"` (I2B-LPO: every initial rollout is forked at a
             token drawn from the 5% where the policy was most uncertain), `"pivot"` (DEEP-GRPO: failed rollouts, where
-            they can be saved), `"contrast"` (where another outcome is likeliest per token; this package's), or
-            `"independent"` (no tree: all rollouts start at the question). docs/methods.md has the rule of each, and
-            how to give the trainer a function of your own.
+            they can be saved), `"turn_entropy"` (ARPO: after tool results, where the next turn begins uncertain),
+            `"contrast"` (where another outcome is likeliest per token; this package's), or `"independent"` (no tree:
+            all rollouts start at the question). docs/methods.md has the rule of each, and how to give the trainer a
+            function of your own.
         allow_root_branching (`bool`, *optional*, defaults to `False`):
             Whether a round may choose the question itself. Where no other step can be branched, it is chosen anyway.
         allow_repeated_branching (`bool`, *optional*, defaults to `True`):
@@ -232,6 +234,18 @@ class IBTPOConfig(GRPOConfig):
             evaluation too. Synchronous functions are interrupted wherever they are (in the main thread, see
             `time_limit.call_within`), asynchronous ones where they await. Reward models are not limited. `None` waits
             as long as it takes.
+
+        > Parameters that control tools and environments
+
+        environment_branching (`str`, *optional*, defaults to `"replay"`):
+            How a branch gets an environment without `_snapshot` and `_restore` as it was at the end of its prefix:
+            `"replay"` executes the actions of the prefix once more and compares what is observed, `"deepcopy"` keeps
+            a copy from the end of every turn.
+        tool_timeout (`float`, *optional*):
+            Seconds that one call of a tool may take. A tool that takes longer has failed, as the model is told; an
+            environment that takes longer ends its trajectory, which is not scored. `None` waits as long as it takes.
+        tool_concurrency (`int`, *optional*, defaults to `32`):
+            How many trajectories' tools run at the same time, in threads. `1` for tools that are not thread-safe.
 
         > Parameters that turn the tree into advantages
 
@@ -487,6 +501,27 @@ class IBTPOConfig(GRPOConfig):
             "help": "Seconds that one call of a reward function may take; what is not scored in time counts as None. "
             "Reward models are not limited. If `None`, there is no limit."
         },
+    )
+
+    # Parameters that control tools and environments
+    environment_branching: str = field(
+        default="replay",
+        metadata={
+            "help": "How a branch gets an environment without `_snapshot` and `_restore` as it was at the end of its "
+            "prefix: by executing the actions of the prefix once more, or as a copy from the end of that turn.",
+            "choices": ["replay", "deepcopy"],
+        },
+    )
+    tool_timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds that one call of a tool may take. A tool that takes longer has failed; an environment "
+            "that takes longer ends its trajectory. If `None`, there is no limit."
+        },
+    )
+    tool_concurrency: int = field(
+        default=32,
+        metadata={"help": "How many trajectories' tools run at the same time, in threads."},
     )
 
     # Parameters that turn the tree into advantages

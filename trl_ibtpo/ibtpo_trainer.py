@@ -25,10 +25,11 @@ from .prefix_sharing.trainer_mixin import PrefixSharedForward
 from .steps import StepSplitter
 from .training import checks
 from .training.checkpoints import WholeCheckpoints
-from .training.generation import TreeGeneration
+from .training.environments import check_environment, rung_of
+from .training.generation import Grown, TreeGeneration
 from .training.group_statistics import group_advantages
 from .training.hooks import check_hooks
-from .training.metrics import TreeMetrics
+from .training.metrics import TreeMetrics, mean_per_question
 from .training.model_card import complete_card, tree_to_show
 from .training.regularization import IBRegularization
 from .training.reports import TreeReports
@@ -36,9 +37,17 @@ from .training.reward_checks import resolve_reward_funcs
 from .training.rewards import RewardScorer
 from .training.step_check import describe_escapes
 from .training.success import Success, SuccessFunction
+from .training.tools import ToolHost
 from .viewing.recorder import TreeLog
 
 logger = logging.get_logger(__name__)
+
+
+_WAYS = {
+    "snapshot": "from a snapshot",
+    "deepcopy": "as a copy",
+    "replay": "by executing the actions of its prefix again",
+}
 
 
 class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedForward, WholeCheckpoints, GRPOTrainer):
@@ -147,6 +156,8 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
         )
         checks.check_tokenizer(self._tokenizer)
         checks.check_template(self._tokenizer, checks.first_row(train_dataset))
+        for pool in getattr(self, "_environment_pool", {}).values():
+            check_environment(pool[0], args.environment_branching)
         if self.use_vllm and self.vllm_mode == "colocate" and runs_on_cpu():
             self.vllm_generation = CPUVLLMGeneration.adopt(self.vllm_generation)
         measures = uses_entropies(self._strategy) and args.fork_entropy == "exact"
@@ -164,6 +175,8 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
         self._grown: list[GrownTree] = []
         self._token_advantages: list[TokenAdvantages] = []
         self._scorer: RewardScorer | None = None
+        self._host: ToolHost | None = None
+        self._prompts: list = []  # of the generation batch being made, one per row
         self._all_rewards: torch.Tensor | None = None  # of all processes, as the next
         self._all_sizes: list[int] = []  # leaves of each tree
         self._shown_tree: tuple[GrownTree, int] | None = None  # and its training step, for the model card
@@ -174,7 +187,17 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
         """As in TRL, except that `resume_from_checkpoint=True` is the last checkpoint that was written to the end."""
         self.accelerator.print(self._describe())
         self._last_batch = (-1, 0)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.is_in_train = False  # also where the run ended with an error
+            self._close_environments_between_runs()
+
+    def evaluate(self, *args: Any, **kwargs: Any):
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self._close_environments_between_runs()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
@@ -204,7 +227,7 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
         if not self.model.training:
             checks.refuse_columns(inputs[0], "eval_dataset")
             return super()._generate_and_score_completions(inputs)
-        checks.check_rows(inputs)
+        checks.check_rows(inputs, self.tools, self.environment_factories)
         self._tree_inputs = inputs
         try:
             if self.args.adaptive_budget is not None:
@@ -220,10 +243,11 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
                 found = [self._strategy.evidence(grown.tree, grown.scores) for grown in self._grown]
                 self._strategy.learn([each for trees in gather_object(found) for each in trees])
             self._shown_tree = tree_to_show(self._grown), self.state.global_step + 1
-            prompts, batch = [row["prompt"] for row in inputs], self._last_batch[1]
-            self._tree_log.record(self._grown, self._token_advantages, prompts, self._scorer.rewards, batch)
+            rewards, batch = self._scorer.rewards, self._last_batch[1]
+            self._tree_log.record(self._grown, self._token_advantages, self._prompts, rewards, batch)
         finally:
             self._tree_inputs, self._grown, self._token_advantages, self._scorer = [], [], [], None
+            self._host, self._prompts = None, []
         return output
 
     @property
@@ -236,23 +260,58 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
         prompt_ids, images, _ = self._tokenize_prompts([row["prompt"] for row in inputs])
         if images is not None:
             raise ValueError(checks.NO_IMAGES)
-        self._grown, self._scorer = self._grow(inputs, prompt_ids, self._next_batch())
+        self._grown, self._scorer, _ = self._grow(inputs, prompt_ids, self._next_batch())
         first_rows = inputs[:: self.num_generations]
         return [dict(row) for row, size in zip(first_rows, self._sizes, strict=True) for _ in range(size)]
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        if not self.model.training:
+        if not self._grows:
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
         if images is not None:
             raise ValueError(checks.NO_IMAGES)
+        if self._growing_alone:
+            raise Grown(*self._grow(self._tree_inputs, prompt_ids)[:2])
         if not self._grown:
-            self._grown, self._scorer = self._grow(self._tree_inputs, prompt_ids, self._next_batch())
-        trajectories = [each.tree.trajectory(leaf) for each in self._grown for leaf in range(len(each.tree.leaves))]
-        completion_ids = [token_ids for token_ids, _ in trajectories]
-        # As in TRL, only vLLM's log-probabilities are passed on, to correct for its mismatch with the policy.
-        return completion_ids, [logprobs for _, logprobs in trajectories] if self.use_vllm else None
+            self._grown, self._scorer, self._host = self._grow(self._tree_inputs, prompt_ids, self._next_batch())
+        completion_ids, logprobs, masks = self._trajectories()
+        # TRL decodes the first turn, and asks `_tool_call_loop` for what follows it.
+        first_turns = [mask.index(0) if 0 in mask else len(mask) for mask in masks]
+        return (
+            [ids[:end] for ids, end in zip(completion_ids, first_turns, strict=True)],
+            None if logprobs is None else [each[:end] for each, end in zip(logprobs, first_turns, strict=True)],
+        )
+
+    def _tool_call_loop(self, prompts, prompt_ids, completion_ids, completions, logprobs, images, multimodal_fields):
+        if not self._grows:
+            return super()._tool_call_loop(
+                prompts, prompt_ids, completion_ids, completions, logprobs, images, multimodal_fields
+            )
+        completion_ids, logprobs, masks = self._trajectories()
+        conversations = [self._host.conversations[row] for row in range(len(masks))]
+        return (
+            masks,
+            [self._host.completion(row) for row in range(len(masks))],
+            completion_ids,
+            logprobs,
+            sum(conversation.calls for conversation in conversations),
+            sum(conversation.failures for conversation in conversations),
+            [[] for _ in masks],
+        )
+
+    def _trajectories(self) -> tuple[list[list[int]], list[list[float]] | None, list[list[int]]]:
+        """Token ids, log-probabilities and the mask of sampled tokens of every row, in TRL's form."""
+        leaves = [(grown.tree, leaf) for grown in self._grown for leaf in range(len(grown.tree.leaves))]
+        trajectories = [tree.trajectory(leaf) for tree, leaf in leaves]
+        masks = [tree.sampled(leaf).astype(int).tolist() for tree, leaf in leaves]
+        logprobs = None
+        if self.use_vllm:  # as in TRL, to correct for its mismatch with the policy
+            logprobs = [
+                [value if sampled else 0.0 for value, sampled in zip(values, mask, strict=True)]
+                for (_, values), mask in zip(trajectories, masks, strict=True)
+            ]
+        return [token_ids for token_ids, _ in trajectories], logprobs, masks
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         scorer = self._scorer
@@ -261,7 +320,7 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
             if self.args.reward_timeout is None:
                 self._log_tree_columns(len(completions))
                 return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-            scorer = self._score_evaluation(inputs, completions, completion_ids_list)
+            scorer = self._score_evaluation(inputs, prompts, completions, completion_ids_list)
         elif [repr(completion) for completion in completions] != scorer.decoded:
             raise RuntimeError(
                 "TRL decoded the completions differently than they were scored. This TRL release is not supported; "
@@ -313,7 +372,10 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
             self._token_advantages.append(found)
             values_B += found.advantages
             weights_B += found.weights
-        for name, value in metrics.reduce(self.accelerator).items():
+        logged = metrics.reduce(self.accelerator)
+        if self._host is not None and (counts := self._host.counts()):
+            logged |= mean_per_question(counts, len(self._grown), self.accelerator)
+        for name, value in logged.items():
             self._metrics["train"][name].append(value)
 
         def padded(rows: list[np.ndarray]) -> np.ndarray:
@@ -377,5 +439,17 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
         return (
             f"IB-TPO: {shape}, {trees} per process and generation; advantage '{self._advantage_name}' "
             f"(ib_coef={args.ib_coef}, ib_beta={args.ib_beta}); success from {self._success}; engine: {engine}; "
-            f"forward: {self._forward_in_words()}."
+            f"forward: {self._forward_in_words()}{self._describe_tools()}."
         )
+
+    def _describe_tools(self) -> str:
+        if not self.tools:
+            return ""
+        names = ", ".join(dict.fromkeys(tool.__name__ for tool in self.tools))
+        ways = {
+            type(pool[0]).__name__: _WAYS[rung_of(pool[0], self.args.environment_branching)]
+            for pool in getattr(self, "_environment_pool", {}).values()
+            if pool
+        }
+        environments = "".join(f"; a branch gets the environment {name} {way}" for name, way in ways.items())
+        return f"; tools: {names}{environments}"

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +54,7 @@ def run(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     from ..viewing.drawing import draw_tree
+    from ..viewing.lines import one_line
     from ..viewing.records import dump_record, record_tree
     from ..viewing.text import render_tree
 
@@ -61,7 +63,7 @@ def run(argv: Sequence[str]) -> int:
     question = args.question if args.question is not None else Path(args.question_file).read_text(encoding="utf-8")
     if not question.strip():
         raise UsageError("The question is empty.")
-    grown, tokenizer = _grow(args, question)
+    grown, tokenizer, unread = _grow(args, question)
     record = record_tree(
         grown,
         tokenizer.decode,
@@ -71,6 +73,12 @@ def run(argv: Sequence[str]) -> int:
     )
     record |= {"answer": args.answer, "arguments": vars(args)}
     Console().print(render_tree(record))
+    if unread:
+        print(
+            f"In {len(unread)} of {len(grown.tree.leaves)} completions math-verify found no answer, so they count as "
+            f"wrong; one of them ends in '{one_line(unread[0][-60:])}'. It reads numbers, formulas and \\boxed{{}}.",
+            file=sys.stderr,
+        )
     if args.out is not None:
         draw_tree(record, args.out)
     if args.json is not None:
@@ -80,8 +88,8 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _grow(args: argparse.Namespace, question: str) -> tuple[GrownTree, Any]:
-    """One tree by the trainer's own way of growing them, and the tokenizer."""
+def _grow(args: argparse.Namespace, question: str) -> tuple[GrownTree, Any, list[str]]:
+    """One tree by the trainer's own way of growing them, the tokenizer, and completions that hold no answer."""
     import torch
     from datasets import Dataset
 
@@ -92,9 +100,15 @@ def _grow(args: argparse.Namespace, question: str) -> tuple[GrownTree, Any]:
 
     grader = None if args.answer is None else Grader(args.answer)
 
+    unread: list[str] = []
+
     def success(completions: list, **kwargs: Any) -> list[float | None]:
+        if grader is None:
+            return [None] * len(completions)
         texts = [each if isinstance(each, str) else each[0]["content"] for each in completions]
-        return [None if grader is None else float(grader(text)) for text in texts]
+        grades = [grader.grade(text) for text in texts]
+        unread.extend(text for text, (_, parsed) in zip(texts, grades, strict=True) if parsed is None)
+        return [float(right) for right, _ in grades]
 
     tokenizer = load_tokenizer(args.model)
     chat = tokenizer.chat_template is not None and not args.no_chat_template
@@ -121,4 +135,4 @@ def _grow(args: argparse.Namespace, question: str) -> tuple[GrownTree, Any]:
         trainer = IBTPOTrainer(model, success, config, Dataset.from_list([row]), processing_class=tokenizer)
         trainer.model.eval()
         (grown,) = trainer.grow_trees([row])
-    return grown, tokenizer
+    return grown, tokenizer, unread

@@ -33,7 +33,7 @@ class RolloutRequest:
     prefix_ids: list[int]  # question and completion so far
     max_tokens: int  # at least 1
     seed: int  # of this request alone, for engines that sample each request on its own
-    latent: tuple[float, ...] | None = None  # z, which steers what is sampled; engines without latents refuse it
+    latent: tuple[float, ...] | None = None  # noise of N(0, I) that z is made of; engines without latents refuse it
     fork: int = 0  # tokens of the prefix that come before the fork; the latent acts from there on
     entropies: bool = False  # whether the rollout must have them
 
@@ -79,14 +79,12 @@ class RolloutEngine(Protocol):
 class LatentSteering(Protocol):
     """How latents change what a model samples; see `trl_ibtpo.latents`."""
 
-    def steer(
-        self, latents: Sequence[Sequence[float] | None], forks: Sequence[int]
-    ) -> AbstractContextManager[list[Any]]:
+    def steer(self, requests: Sequence[RolloutRequest], padding: Sequence[int]) -> AbstractContextManager[list[Any]]:
         """Steer the rows of a batch for as long as the context is open, and leave the model as it was.
 
         Args:
-            latents: `z` of each row, `(B, Z)`; None for a row that is not steered.
-            forks: of each row, the column of the padded batch at which its fork is.
+            requests: one per row; a row whose request has no latent is not steered.
+            padding: columns on the left of each row's prefix.
 
         Returns:
             A context that yields logits processors to run before all others.

@@ -117,12 +117,9 @@ class TransformersEngine:
         return rollouts
 
     def _steering(self, requests: Sequence[RolloutRequest], padding: Sequence[int]) -> AbstractContextManager[list]:
-        latents = [request.latent for request in requests]
-        if all(latent is None for latent in latents):
+        if all(request.latent is None for request in requests):
             return nullcontext([])
-        return self._latents.steer(
-            latents, [pad + request.fork for pad, request in zip(padding, requests, strict=True)]
-        )
+        return self._latents.steer(requests, padding)
 
 
 @contextmanager

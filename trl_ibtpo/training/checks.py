@@ -44,6 +44,13 @@ NO_IMAGES = (
 )
 
 
+DIFFERENT_PROMPTS = (
+    "`reset` of the environment {name} gave different prompts for one row: {prompts}. A tree has one question, so "
+    "`reset` must depend on its arguments alone. Give the dataset a column that decides the task, for example `seed`, "
+    "and use it: `def reset(self, seed, **kwargs): self.rng = random.Random(seed)`."
+)
+
+
 def refuse_unsupported(
     model: Any,
     reward_funcs: list[Any],
@@ -54,12 +61,16 @@ def refuse_unsupported(
     kwargs: dict[str, Any],
 ) -> None:
     """Say before anything is loaded what cannot work, and what to do instead."""
-    for name in ("tools", "environment_factory", "rollout_func"):
-        if kwargs.get(name):
-            raise ValueError(
-                f"`{name}` is not supported: a tree branches inside a single completion. Leave it out, or train with "
-                "TRL's GRPOTrainer."
-            )
+    if kwargs.get("rollout_func"):
+        raise ValueError(
+            "`rollout_func` is not supported: it samples whole completions by itself, which a tree has to branch. "
+            "Give what it calls as `tools=` or `environment_factory=`, or train with TRL's GRPOTrainer."
+        )
+    if args.adaptive_budget is not None and (kwargs.get("tools") or kwargs.get("environment_factory")):
+        raise ValueError(
+            f"`adaptive_budget` is {args.adaptive_budget}, which cannot be combined with `tools` or "
+            "`environment_factory`: each of the G rows of a question has an environment of its own. Leave it out."
+        )
     if args.use_transformers_continuous_batching:
         raise ValueError(
             "`use_transformers_continuous_batching` is not supported: it cannot give each rollout its own token "
@@ -67,7 +78,7 @@ def refuse_unsupported(
         )
     _check_model(model, args, processing_class, kwargs)
     _check_generation_kwargs(args)
-    _check_dataset(train_dataset, args)
+    _check_dataset(train_dataset, args, kwargs.get("environment_factory"))
     _check_columns(train_dataset, eval_dataset, args)
     environments = kwargs.get("environment_factory") is not None
     _check_reward_funcs(reward_funcs, train_dataset, eval_dataset, args, environments)
@@ -289,7 +300,9 @@ def _check_reward_funcs(
         check_messages(reward_funcs, (first_row(dataset) or {}).get("prompt"))
 
 
-def _check_dataset(dataset: Any, args: GRPOConfig) -> None:
+def _check_dataset(dataset: Any, args: GRPOConfig, environment_factory: Any) -> None:
+    if dataset is None and environment_factory:
+        return  # TRL makes rows of its own
     if dataset is None:
         raise ValueError("`train_dataset` is required; it must have a column 'prompt'.")
     if isinstance(dataset, str):
@@ -305,7 +318,7 @@ def _check_dataset(dataset: Any, args: GRPOConfig) -> None:
             f"`load_dataset(..., split={(splits or ['train'])[0]!r})`."
         )
     columns = getattr(dataset, "column_names", None)
-    if columns is not None and "prompt" not in columns:
+    if columns is not None and "prompt" not in columns and not environment_factory:
         raise ValueError(
             f"`train_dataset` has no column 'prompt' (it has: {', '.join(map(str, columns)) or 'none'}). Rename the "
             "question's column, for example `dataset.rename_column('question', 'prompt')`."
@@ -347,8 +360,14 @@ def refuse_columns(columns: Iterable[str], dataset: str) -> None:
             )
 
 
-def check_rows(rows: list[dict[str, Any]]) -> None:
-    """Raise where a row has no prompt that can be continued; streamed rows are seen here first."""
+def check_rows(rows: list[dict[str, Any]], tools: Sequence[Any] = (), environments: Any = None) -> None:
+    """Raise where a row has no prompt that can be continued; streamed rows are seen here first.
+
+    Args:
+        rows: dataset rows.
+        tools: with any, prompts are messages.
+        environments: with any, they may make the prompt.
+    """
     if isinstance(rows, dict):
         raise TypeError(
             f"`rows` is one row (with {', '.join(map(str, rows))}); give a list of rows, for example `[row]`."
@@ -358,7 +377,14 @@ def check_rows(rows: list[dict[str, Any]]) -> None:
             raise ValueError(NO_IMAGES)
         refuse_columns(row, "train_dataset")
         prompt = row.get("prompt")
+        if isinstance(prompt, str) and not tools:
+            continue
         if isinstance(prompt, str):
+            raise ValueError(
+                f"The column 'prompt' of `train_dataset` holds the text {prompt!r}, but tools need messages, which "
+                "the chat template renders with them. Give [{'role': 'user', 'content': ...}]."
+            )
+        if prompt is None and environments is not None:
             continue
         if not (prompt and isinstance(prompt, list) and all(_is_message(message) for message in prompt)):
             raise ValueError(

@@ -1,7 +1,8 @@
 """Where a trainer's trees come from: its engine, its prompts and its reward functions, put together for growth."""
 
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -20,20 +21,24 @@ from ..branching import uses_entropies, uses_rewards
 from ..engines.base import RolloutEngine
 from ..engines.entropies import TeacherForcedEntropies
 from ..engines.transformers import TransformersEngine, unsharded
+from ..engines.turns import TurnEngine
 from ..engines.vllm import VLLMEngine
 from ..engines.vllm_server import VLLMServerEngine
 from ..growth import GrownTree, TreeGrower, drive, leaf_budget
 from ..segments import make_grower
 from . import checks
+from .environments import close
 from .path_filter import PathFilter
 from .rewards import RewardScorer
 from .teacher_forcing import teacher_forced
+from .tools import ToolHost
 
 
 class TreeGeneration(PathFilter):
     """For a `GRPOTrainer` with an `IBTPOConfig`: grows trees with the current policy."""
 
     _last_batch = (-1, 0)  # optimizer step, and which of its generation batches
+    _growing_alone = False  # `grow_trees` is at work
 
     def _next_batch(self) -> int:
         """Which generation batch of its optimizer step the coming one is; 0 where a step needs but one."""
@@ -53,28 +58,64 @@ class TreeGeneration(PathFilter):
         Returns:
             One tree per row, with its scores.
         """
-        checks.check_rows(rows)
+        checks.check_rows(rows, self.tools, self.environment_factories)
         inputs = [deepcopy(row) for row in rows for _ in range(self.num_generations)]  # functions may edit them
-        prompt_ids, images, _ = self._tokenize_prompts([row["prompt"] for row in inputs])
-        if images is not None:
-            raise ValueError(checks.NO_IMAGES)
-        grown, scorer = self._grow(inputs, prompt_ids)
+        if self.tools:
+            grown, scorer = self._grow_over_turns(inputs)
+        else:
+            prompt_ids, images, _ = self._tokenize_prompts([row["prompt"] for row in inputs])
+            if images is not None:
+                raise ValueError(checks.NO_IMAGES)
+            grown, scorer, _ = self._grow(inputs, prompt_ids)
         self._say_scaling(scorer.rewards)
         return grown
 
+    def _grow_over_turns(self, inputs: list[dict[str, Any]]) -> tuple[list[GrownTree], RewardScorer]:
+        """TRL resets environments and finds the tools of every row on its way to generation; no further."""
+        self._growing_alone, self._tree_inputs, before = True, inputs, self.environments
+        try:
+            super()._generate_and_score_completions(inputs)
+        except Grown as grown:
+            return grown.trees, grown.scorer
+        finally:
+            self._growing_alone, self.environments = False, before
+            self._tree_inputs, self._prompts = [], []
+            self._close_environments_between_runs()
+
+    @property
+    def _grows(self) -> bool:
+        """Whether what TRL asks for now is grown as trees; evaluation is not."""
+        return self.model.training or self._growing_alone
+
+    def _close_environments_between_runs(self) -> None:
+        """Close the environments that TRL keeps to use them again, outside of a training run; it makes new ones."""
+        for pool in {} if self.is_in_train else getattr(self, "_environment_pool", {}).values():
+            for environment in pool:
+                close(environment)
+            pool.clear()
+
+    def _generate(self, prompts: list) -> tuple:
+        if self._grows:
+            self._prompts = prompts  # with what environments answered to `reset`
+        return super()._generate(prompts)
+
     def _grow(
         self, inputs: list[dict[str, Any]], prompt_ids: list[list[int]], batch: int = 0
-    ) -> tuple[list[GrownTree], RewardScorer]:
+    ) -> tuple[list[GrownTree], RewardScorer, ToolHost | None]:
         """Grow one tree for each run of G equal prompts; makes no collective call while trees grow."""
+        prompts = self._prompts or [row["prompt"] for row in inputs]
+        host = ToolHost(self, prompts, prompt_ids, inputs, self.num_generations) if self.tools else None
         uneven = self.args.adaptive_budget is not None
         leaves = self.args.growth_settings.leaves
         rows, row_ids = inputs, prompt_ids  # one a leaf
         if leaves != self.num_generations:  # some will be left out
             sources = [first for first in range(0, len(inputs), self.num_generations) for _ in range(leaves)]
             rows, row_ids = [deepcopy(inputs[row]) for row in sources], [prompt_ids[row] for row in sources]
-        scorer = self._make_scorer(rows, leaves, self._decoder(rows, row_ids), uneven)
+            prompts = [prompts[row] for row in sources]
+        scorer = self._make_scorer(rows, prompts, leaves, self._decoder(prompts, row_ids, host), uneven, host)
         with (
             self._engine() as engine,
+            nullcontext() if host is None else closing(host),
             tqdm(
                 total=len(rows),
                 desc="Growing trees",
@@ -84,6 +125,8 @@ class TreeGeneration(PathFilter):
                 disable=self.args.disable_tqdm or not self.accelerator.is_main_process,
             ) as progress,
         ):
+            if host is not None:
+                engine = TurnEngine(engine, host)
             growers = self._plant(prompt_ids, engine, batch)
             budget = leaf_budget(self.args.growth_settings, len(growers), in_order=self.args.reproducible_rollouts)
             drive(growers, engine, scorer, progress.update, budget)
@@ -94,7 +137,7 @@ class TreeGeneration(PathFilter):
             grown, kept = self._filter_paths(grown, scorer.rewards, rows)
             scorer.keep(kept)
         self._look_for_steps(grown)
-        return grown, scorer
+        return grown, scorer, host
 
     def _plant(self, prompt_ids: list[list[int]], engine: RolloutEngine, batch: int) -> list[TreeGrower]:
         """One grower for each run of G equal prompts, whose seeds number the prompts of an optimizer step."""
@@ -104,6 +147,9 @@ class TreeGeneration(PathFilter):
         for start in range(0, len(prompt_ids), group):
             rows = prompt_ids[start : start + group]
             if len(rows) < group or any(row != rows[0] for row in rows):
+                if self.environment_factories is not None:
+                    name = type(self.environments[start]).__name__
+                    raise RuntimeError(checks.DIFFERENT_PROMPTS.format(name=name, prompts=self._two_prompts(start)))
                 raise RuntimeError(
                     f"Rows {start} to {start + len(rows) - 1} of the generation batch are not {group} copies of one "
                     "prompt, so they cannot share a tree. Use the trainer's own sampler."
@@ -205,12 +251,19 @@ class TreeGeneration(PathFilter):
             client, sampling_arguments(generation), max_length, request_seeds=self.args.reproducible_rollouts
         )
 
-    def _decoder(self, inputs: list[dict[str, Any]], prompt_ids: list[list[int]]) -> Callable[..., list]:
+    def _two_prompts(self, start: int) -> str:
+        """The first prompt of a group and the first that differs from it, for a message."""
+        prompts = self._prompts[start : start + self.num_generations]
+        other = next((prompt for prompt in prompts if prompt != prompts[0]), prompts[0])
+        return " and ".join(textwrap.shorten(repr(prompt[-1]["content"]), 120) for prompt in (prompts[0], other))
+
+    def _decoder(self, prompts: list, prompt_ids: list[list[int]], host: ToolHost | None) -> Callable[..., list]:
         """From completion ids and their rows to completions, as TRL decodes them."""
 
         def decode(completion_ids: list[list[int]], rows: list[int]) -> list:
-            # Of a whole row, TRL's function looks at an arbitrary column.
-            if not is_conversational({"prompt": inputs[0]["prompt"]}):
+            if host is not None:
+                return [host.completion(row) for row in rows]
+            if not is_conversational({"prompt": prompts[0]}):
                 return self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
             if getattr(self._tokenizer, "response_template", None) or getattr(
                 self._tokenizer, "response_schema", None
@@ -224,19 +277,30 @@ class TreeGeneration(PathFilter):
 
         return decode
 
-    def _score_evaluation(self, inputs: list[dict[str, Any]], completions: list, completion_ids: list) -> RewardScorer:
+    def _score_evaluation(
+        self, inputs: list[dict[str, Any]], prompts: list, completions: list, completion_ids: list
+    ) -> RewardScorer:
         """Score an evaluation batch in one call of each function, as TRL does, but within the time limit."""
-        scorer = self._make_scorer(inputs, len(inputs), lambda _, rows: [completions[row] for row in rows])
+        scorer = self._make_scorer(inputs, prompts, len(inputs), lambda _, rows: [completions[row] for row in rows])
         scorer.submit([(0, row, ids) for row, ids in enumerate(completion_ids)])
         scorer.collect(wait=True)
         scorer.warn_of_timeouts()
         return scorer
 
     def _make_scorer(
-        self, inputs: list[dict[str, Any]], leaves_per_tree: int, decode: Callable, uneven: bool = False
+        self,
+        inputs: list[dict[str, Any]],
+        prompts: list,
+        leaves_per_tree: int,
+        decode: Callable,
+        uneven: bool = False,
+        host: ToolHost | None = None,
     ) -> RewardScorer:
         return RewardScorer(
             inputs=inputs,
+            prompts=None if uneven else prompts,
+            environments=self.environments,
+            failed_rows=set if host is None else host.failed_rows,
             leaves_per_tree=leaves_per_tree,
             reward_funcs=self.reward_funcs,
             reward_names=self.reward_func_names,
@@ -251,6 +315,13 @@ class TreeGeneration(PathFilter):
             postpone=not uses_rewards(self._strategy) and self.args.adaptive_budget is None,
             uneven=uneven,
         )
+
+
+class Grown(BaseException):
+    """Ends what TRL does with a generation batch once its trees are grown."""
+
+    def __init__(self, trees: list[GrownTree], scorer: RewardScorer):
+        self.trees, self.scorer = trees, scorer
 
 
 @contextmanager

@@ -18,6 +18,18 @@ HOOKS: dict[str, tuple[str, ...]] = {
         "num_generations",
         "has_tool_images",
     ),
+    "_generate": ("self", "prompts"),
+    "_tool_call_loop": (
+        "self",
+        "prompts",
+        "prompt_ids",
+        "completion_ids",
+        "completions",
+        "logprobs",
+        "images",
+        "multimodal_fields",
+    ),
+    "_get_tool_suffix_ids": ("self", "tool_messages"),
     "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
     "_prepare_inputs": ("self", "generation_batch"),
     "_get_per_token_logps_and_entropies": (

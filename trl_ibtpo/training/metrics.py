@@ -5,6 +5,7 @@ tree/average_success    mean success of the trajectories (Avg-Rate)
 tree/initial_success    mean success of the initial rollouts alone, which no choice of a branch biases
 tree/generated_tokens   newly sampled tokens per question, shared prefixes once
 tree/trajectory_tokens  tokens of all trajectories per question, shared prefixes once per trajectory
+                        (observations, such as results of tools, count here and not among the generated)
 tree/leaves_std         standard deviation of the trajectories per question; only with `adaptive_budget`
 tree/filtered           trajectories per question that `path_filter` left out; only with it, as the next
 tree/filtered_success   mean success of these
@@ -17,6 +18,13 @@ ib/covariance           mean Cov(eta1, eta2) of the steps with at least two chil
 ib/confidence           mean step confidence eta2
 advantages/global_std   standard deviation of A_GL over the tokens of all trajectories
 advantages/local_std    standard deviation of lambda * A_IB over the tokens of all trajectories
+
+With tools and environments, also (`ToolHost.counts`):
+
+tree/restored           branches per question whose environment was restored from a snapshot or a copy
+tree/replayed           branches per question whose environment was brought about by executing their prefix again
+tree/replay_mismatch    those of them that observed something else, and so started at the question
+tools/timeouts          calls per question that took longer than `tool_timeout`
 """
 
 from collections import defaultdict
@@ -87,8 +95,9 @@ class TreeMetrics:
         self._add("ib/score", scores.ib_score[scores.children > 0])
         self._add("ib/covariance", scores.covariance[scores.children > 1])
         self._add("ib/confidence", scores.confidence[1:])
-        self._add("advantages/global_std", np.concatenate(advantages.global_terms))
-        self._add("advantages/local_std", np.concatenate(advantages.local_terms))
+        sampled = np.concatenate([tree.sampled(leaf) for leaf in range(len(tree.leaves))])
+        self._add("advantages/global_std", np.concatenate(advantages.global_terms)[sampled])
+        self._add("advantages/local_std", np.concatenate(advantages.local_terms)[sampled])
 
     def reduce(self, accelerator) -> dict[str, float]:
         """Means and standard deviations over all processes; one collective call. NaN where nothing was seen."""
@@ -107,3 +116,10 @@ class TreeMetrics:
     def _add(self, name: str, values) -> None:
         values = np.asarray(values, dtype=np.float64)
         self._sums[name] += (values.sum(), (values**2).sum(), values.size)
+
+
+def mean_per_question(counts: dict[str, int], questions: int, accelerator) -> dict[str, float]:
+    """Counts of this process, as means over the questions of all of them; one collective call."""
+    local = torch.tensor([*counts.values(), questions], dtype=torch.float32, device=accelerator.device)
+    *totals, questions = accelerator.reduce(local, reduction="sum").tolist()
+    return {name: total / questions for name, total in zip(counts, totals, strict=True)}

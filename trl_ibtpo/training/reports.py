@@ -123,8 +123,10 @@ class TreeReports:
 
     def _rewrite_logged_advantages(self, per_token: np.ndarray) -> None:
         """The completions table shows the mean over the tokens of a trajectory, and the advantage of every step."""
-        lengths = np.concatenate([grown.tree.ends()[grown.tree.leaves] for grown in self._grown])
-        means = gather_object([float(row[:length].mean()) for row, length in zip(per_token, lengths, strict=True)])
+        sampled = [grown.tree.sampled(leaf) for grown in self._grown for leaf in range(len(grown.tree.leaves))]
+        means = gather_object(
+            [float(row[: len(mask)][mask].mean()) for row, mask in zip(per_token, sampled, strict=True)]
+        )
         for _ in means:
             self._logs["advantages"].pop()
         self._logs["advantages"].extend(means)

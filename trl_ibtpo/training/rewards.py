@@ -66,6 +66,9 @@ class RewardScorer:
 
     Args:
         inputs: dataset rows, one per leaf: G equal rows per tree, trees in order.
+        prompts: one per leaf, with what its environment has added; those of the rows where there is none.
+        environments: one per leaf, where there are any.
+        failed_rows: says of which leaves the environment is broken: no function sees these, they have no reward.
         leaves_per_tree: G.
         uneven: whether trees differ in size, G on average; then `arrange` puts the leaves into order in the end.
         reward_funcs, reward_names, reward_processing_classes: as in TRL's trainer.
@@ -86,6 +89,9 @@ class RewardScorer:
         self,
         *,
         inputs: Sequence[dict[str, Any]],
+        prompts: Sequence[Any] | None = None,
+        environments: Sequence[Any] | None = None,
+        failed_rows: Callable[[], set[int]] = set,
         leaves_per_tree: int,
         reward_funcs: Sequence[Callable | nn.Module],
         reward_names: Sequence[str],
@@ -106,7 +112,9 @@ class RewardScorer:
         self.decoded: list = [None] * len(inputs)  # the same as text, before
         self.extra_columns: dict[str, list] = {}
         self.metrics: dict[str, list[tuple[float, int]]] = {}  # value and number of leaves of each call
-        self._inputs = inputs
+        self._inputs, self._environments = inputs, environments
+        self._prompts = prompts
+        self._failed_rows = failed_rows
         self._leaves_per_tree = leaves_per_tree
         # Place of each leaf in the lists above, as they came; without `uneven`, trees are in order from the start.
         self._places: dict[tuple[int, int], int] | None = {} if uneven else None
@@ -136,6 +144,16 @@ class RewardScorer:
             inputs = deepcopy(inputs)  # functions may edit them, and another leaf may need them
         for row, completion in zip(rows, completions, strict=True):
             self.completions[row], self.decoded[row] = completion, repr(completion)
+        failed = self._failed_rows()
+        kept = [place for place, row in enumerate(rows) if row not in failed]
+        if len(kept) < len(rows):  # no function sees these
+            gone = [place for place, row in enumerate(rows) if row in failed]
+            self._calls.append(_Call([leaves[at][:2] for at in gone], [rows[at] for at in gone], arguments={}))
+            if not kept:
+                return
+            leaves, rows, completion_ids, inputs = (
+                [each[at] for at in kept] for each in (leaves, rows, completion_ids, inputs)
+            )
         call = self._make_call([(tree, number) for tree, number, _ in leaves], rows, inputs, completion_ids)
         # Asynchronous functions first: they run while the synchronous ones compute.
         for index, func in enumerate(self._reward_funcs):
@@ -161,10 +179,13 @@ class RewardScorer:
             rows=rows,
             arguments={
                 **{key: [row[key] for row in inputs] for key in columns},
-                "prompts": [row["prompt"] for row in inputs],
+                "prompts": [row["prompt"] for row in inputs]
+                if self._prompts is None
+                else [self._prompts[row] for row in rows],
                 "completions": [self.completions[row] for row in rows],
                 "completion_ids": completion_ids,
                 **self._shared_arguments,
+                **({} if self._environments is None else {"environments": [self._environments[row] for row in rows]}),
                 "log_extra": lambda column, values: self._log_extra(rows, column, values),
                 "log_metric": lambda name, value: self.metrics.setdefault(name, []).append((value, len(rows))),
             },

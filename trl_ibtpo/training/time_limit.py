@@ -6,6 +6,7 @@ integers) holds the interpreter, so that no other thread runs at all. It does ch
 thread.
 """
 
+import ctypes
 import signal
 import threading
 import time
@@ -69,3 +70,71 @@ def call_within(seconds: float, function: Callable[[], T]) -> T:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         over.set()
         watcher.join()
+
+
+class LimitedCalls:
+    """Calls that run beside the main thread, each for no longer than a limit.
+
+    A call has a thread of its own, so that whoever waits for it can go on after the limit. The thread is interrupted
+    where it executes Python code; one that is inside a single long operation of C code (`time.sleep(3600)`, a query
+    without a timeout) ends when that does, and what it returns is dropped. How many such threads there may be is
+    limited: no training run collects them without end.
+
+    Args:
+        seconds: wall-clock limit of one call; None for none.
+        most_stuck: threads beyond their limit, after which a further one is an error.
+    """
+
+    def __init__(self, seconds: float | None, most_stuck: int = 64):
+        self.seconds = seconds
+        self._most_stuck = most_stuck
+        self._stuck: dict[threading.Thread, str] = {}
+        self._lock = threading.Lock()
+
+    def call(self, name: str, function: Callable[[], T]) -> T:
+        """Return `function()`, or raise `LimitReached` after the limit; `name` is for messages."""
+        if self.seconds is None:
+            return function()
+        outcome: list = []
+
+        def run():
+            try:
+                outcome.append((function(), None))
+            except BaseException as error:
+                outcome.append((None, error))
+
+        thread = threading.Thread(target=run, daemon=True, name=f"limited-{name}")
+        thread.start()
+        thread.join(self.seconds)
+        if not outcome:
+            with self._lock:
+                self._stuck[thread] = name
+            if self.interrupt_stuck() > self._most_stuck:
+                raise TooManyStuckCalls(
+                    f"{self._most_stuck + 1} calls still run after their limit of {self.seconds} seconds: "
+                    f"{', '.join(sorted(set(self._stuck.values())))}. A call that is inside one long operation of C "
+                    "code cannot be interrupted; give that operation a timeout of its own."
+                )
+            raise LimitReached
+        value, error = outcome[0]
+        if error is not None:
+            raise error
+        return value
+
+    def interrupt_stuck(self) -> int:
+        """Interrupt what is still beyond its limit, once more where it was before; how many calls that are."""
+        with self._lock:
+            self._stuck = {thread: name for thread, name in self._stuck.items() if thread.is_alive()}
+            for thread in self._stuck:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(thread.ident), ctypes.py_object(TimeLimitExceeded)
+                )
+            return len(self._stuck)
+
+
+class LimitReached(Exception):
+    """A call beside the main thread took longer than its limit."""
+
+
+class TooManyStuckCalls(BaseException):
+    """Not an `Exception`: nobody may take it for the error of one call."""
