@@ -151,8 +151,9 @@ class Watched(IBTPOTrainer):
     """Keeps what the filter did and what came out."""
 
     def _grow(self, *args):
-        self.last_grown, scorer = super()._grow(*args)
-        return self.last_grown, scorer
+        found = super()._grow(*args)
+        self.last_grown = found[0]
+        return found
 
     def _generate_and_score_completions(self, inputs):
         self.last = super()._generate_and_score_completions(inputs)
@@ -282,7 +283,7 @@ def test_what_does_not_go_with_a_filter(config, fields, words):
 
 def test_a_dataset_without_answers_is_refused(model_path, config):
     args = config(**FILTERED, path_filter="pmi")
-    with pytest.raises(ValueError, match=r"no column 'solution' .*`path_filter='pmi'`.*it has: prompt, letter"):
+    with pytest.raises(ValueError, match=r"no column 'solution' \(it has: prompt, letter\), but `path_filter='pmi'`"):
         IBTPOTrainer(model_path, tiny.even_length, args, tiny.questions())
     trainer = make(model_path, config, "pmi")
     with pytest.raises(ValueError, match="The column 'solution' of `train_dataset` holds None"):

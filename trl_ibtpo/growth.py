@@ -151,6 +151,8 @@ class TreeGrower:
         seed: numbers that identify this tree, from which every rollout's seed is derived.
         clock: the engine's, see `engines.base.Clock`.
         strategy: in place of the one that `settings.branching` names.
+        latent: gives a branch what its request carries as its latent, from numbers that name it; None: no latents.
+            Initial rollouts have none.
     """
 
     def __init__(
@@ -161,6 +163,7 @@ class TreeGrower:
         seed: Sequence[int] = (0,),
         clock: Clock = "tokens",
         strategy: Strategy | None = None,
+        latent: Callable[[Sequence[int]], tuple[float, ...]] | None = None,
     ):
         self.tree = RolloutTree(prompt_ids, settings.success_range)
         self.settings = settings
@@ -172,6 +175,7 @@ class TreeGrower:
         self.waits_for_rewards = uses_rewards(self._strategy) or settings.adaptive_budget is not None
         self._splitter = splitter
         self._seed = list(seed)
+        self._latent = latent
         # Without lookahead a round waits for all of the last one, so it does not matter who ended first.
         self._clock: Clock = clock if settings.branch_lookahead or settings.groups > 1 else "polls"
         self._rng = np.random.default_rng([*self._seed, 0])
@@ -414,11 +418,14 @@ class TreeGrower:
         prefix = self.tree.prefix(after)
         self._branches.append(_Branch(leaf, after, prefix, self._now, group))
         self._pending.append(self._branches[-1])
+        steered = self._latent is not None and self.tree.rounds[leaf] > 0
         return RolloutRequest(
             request_id=(self.name, leaf),
             prefix_ids=self.tree.prompt_ids + prefix,
             max_tokens=self.settings.max_completion_length - len(prefix),
             seed=int(np.random.SeedSequence(np.array([*self._seed, 1, leaf], np.uint32)).generate_state(1)[0]),
+            latent=self._latent([*self._seed, leaf]) if steered else None,
+            fork=len(self.tree.prompt_ids) + len(prefix) if steered else 0,
             entropies=self._asks_for_entropies(leaf),
         )
 

@@ -1,6 +1,29 @@
 """I2B-LPO (arXiv 2601.05870): the fields of `IBTPOConfig` that make it, and which of them go together."""
 
+from os.path import isdir
 from typing import Any
+
+LATENT_MODES = ("none", "psa", "softmax")
+
+# What `IBTPOConfig.i2b_lpo` sets. docs/i2b_lpo.md says which are the paper's, which its code's and which ours.
+I2B_LPO: dict[str, Any] = {
+    "branching": "entropy_fork",
+    "tree_initial_rollouts": 4,  # M
+    "tree_levels": 2,
+    "tree_nodes_per_level": 1,
+    "tree_branches_per_node": 3,  # K
+    "latent_mode": "psa",
+    "path_filter": "advantage",
+    "paths_kept": 2,  # N
+    "advantage": "grpo",
+    "shared_token_weight": "first",
+    "ib_regularization_coef": 0.005,
+    "temperature": 0.9,
+    "top_p": 0.9,
+    "top_k": 0,
+    "beta": 0.0,
+    "learning_rate": 1e-6,
+}
 
 
 def check_paths(args: Any) -> None:
@@ -35,4 +58,42 @@ def check_paths(args: Any) -> None:
         raise ValueError(
             f"`branch_lookahead` is {args.branch_lookahead}, but `path_filter` compares branches that are whole. "
             "Leave it out."
+        )
+
+
+def check_latents(args: Any) -> None:
+    """Raise where `latent_mode` and its fields do not go together, or not with the engine.
+
+    Args:
+        args: an `IBTPOConfig`.
+    """
+    if args.latent_mode == "none":
+        for name, default in (("latent_strength", 1.0), ("latent_decay", 128.0), ("latent_prior", None)):
+            if getattr(args, name) != default:
+                raise ValueError(
+                    f"`{name}` is {getattr(args, name)!r}, but `latent_mode` is 'none', so that there is no latent. "
+                    "Set `latent_mode='psa'` or 'softmax', or leave it out."
+                )
+        return
+    mode = f"`latent_mode` is {args.latent_mode!r}"
+    if not args.branches:
+        raise ValueError(
+            f"{mode}, but no rollout continues another one, and latents steer branches. Use "
+            "`branching='entropy_fork'` with `tree_levels=2`, or `latent_mode='none'`."
+        )
+    if args.latent_prior is not None and not isdir(args.latent_prior):
+        raise FileNotFoundError(
+            f"`latent_prior` names {args.latent_prior!r}, which is no folder here. Give one that `trl-ibtpo latents "
+            "train` has written, or leave it out for vectors from a normal distribution."
+        )
+    if args.use_vllm and args.latent_mode == "softmax" and args.vllm_mode != "colocate":
+        raise ValueError(
+            f"{mode} and `vllm_mode` is {args.vllm_mode!r}, but a vLLM server takes no latents. Use "
+            "`vllm_mode='colocate'`, or `latent_mode='psa'`, which samples branches with transformers."
+        )
+    if args.use_vllm and args.latent_mode == "psa" and args.generation_kwargs:
+        raise ValueError(
+            f"{mode}, so that vLLM samples initial rollouts and transformers their branches, but `generation_kwargs` "
+            f"({args.generation_kwargs}) holds arguments of vLLM's alone. Leave it out, or use "
+            "`latent_mode='softmax'`."
         )

@@ -6,15 +6,18 @@ from math import isfinite, lcm
 from numbers import Real
 from typing import Any, get_args
 
+from transformers.utils import logging
 from trl import GRPOConfig
 
 from .advantages import ADVANTAGES, BY_VALUE, CreditSettings
 from .branching import STRATEGIES, rounds_of, uses_rewards
 from .growth import GrowthSettings
-from .i2b_lpo import check_paths
+from .i2b_lpo import I2B_LPO, LATENT_MODES, check_latents, check_paths
 from .training.success import parse_rule
 from .values import VALUES
 from .weights import SharedTokenWeight
+
+logger = logging.get_logger(__name__)
 
 
 def _is_whole(value: Any, least: int = 1) -> bool:
@@ -76,6 +79,12 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda value: _is_number(value) and 0 < value <= 1,
         "a share in (0, 1] of the probability to sample from (the paper uses 0.95)",
     ),
+    (
+        "latent_strength",
+        lambda value: _is_number(value) and value >= 0,
+        "a number of at least 0 (1 is the strength at which latents were scaled, 0 does nothing)",
+    ),
+    ("latent_decay", _is_positive, "a positive number of tokens, for example 128"),
     ("top_k", lambda value: _is_whole(value, 0), "a whole number of tokens, or 0 for all (the paper uses 20)"),
     ("ib_beta", _is_positive, "positive (the paper uses 5)"),
     ("ib_coef", _is_number, "a number (the paper uses 0.1)"),
@@ -207,6 +216,19 @@ class IBTPOConfig(GRPOConfig):
             \( B_0 (1 + N) \) rows in a batch. \( N \) of I2B-LPO.
         answer_column (`str`, *optional*, defaults to `"solution"`):
             Column of the dataset with the right answer, which `path_filter="pmi"` needs.
+        latent_mode (`str`, *optional*, defaults to `"none"`):
+            What steers the branches of I2B-LPO: `"psa"`, a random vector `z` for each branch that acts on every layer
+            by pseudo self-attention, or `"softmax"`, one that acts on the logits. Initial rollouts and the training
+            forward have none; the log-probabilities that branches were sampled with go to TRL's importance sampling
+            (`vllm_importance_sampling_correction`), whatever generates. With vLLM, `"psa"` samples branches with
+            transformers, and `"softmax"` needs `vllm_mode="colocate"`. docs/i2b_lpo.md has the formulas.
+        latent_strength (`float`, *optional*, defaults to `1.0`):
+            How strongly the vector acts on the token after the fork; 0 not at all. \( \gamma_0 \).
+        latent_decay (`float`, *optional*, defaults to `128.0`):
+            Tokens after which that has fallen to \( 1/e \). \( \tau \).
+        latent_prior (`str`, *optional*):
+            Folder that `trl-ibtpo latents train` has written: the vector then depends on the prefix. `None` draws it
+            from \( N(0, I) \).
         step_delimiter (`str` or `list[str]`, *optional*, defaults to `"\n\n"`):
             Text that ends a step, or several of which each does.
         step_min_tokens (`int`, *optional*, defaults to `1`):
@@ -267,8 +289,9 @@ class IBTPOConfig(GRPOConfig):
             Weight of a token that several trajectories share in the policy loss: `"per_trajectory"` counts it once
             for each of them, `"once"` once in all, and `"sampled"` as the sample of the policy that it is: the
             initial rollouts weigh alike however often they were branched, and each of `c` continuations of a step
-            weighs \( 1/c \) of it. `"sampled"` needs a `branching` that does not look at rewards. KL and entropy
-            terms always count once per trajectory.
+            weighs \( 1/c \) of it. `"sampled"` needs a `branching` that does not look at rewards. `"first"` counts it
+            in the trajectory that sampled it and not in its branches. KL and entropy terms always count once per
+            trajectory.
 
         > Parameters that regularize entropy
 
@@ -456,6 +479,21 @@ class IBTPOConfig(GRPOConfig):
         default="solution",
         metadata={"help": "Column of the dataset with the right answer, which the filter 'pmi' needs."},
     )
+    latent_mode: str = field(
+        default="none",
+        metadata={
+            "help": "What steers branches: a random vector in every layer, one on the logits, or none.",
+            "choices": list(LATENT_MODES),
+        },
+    )
+    latent_strength: float = field(
+        default=1.0, metadata={"help": "How strongly that vector acts on the token after the fork; 0 not at all."}
+    )
+    latent_decay: float = field(default=128.0, metadata={"help": "Tokens after which that has fallen to 1/e."})
+    latent_prior: str | None = field(
+        default=None,
+        metadata={"help": "Folder of trained latents. If `None`, the vector is drawn from a normal distribution."},
+    )
     step_delimiter: str = field(  # one on a command line; a list of them in Python and in a YAML file
         default="\n\n",
         metadata={"help": "Text that ends a step, or several of which each does."},
@@ -557,7 +595,7 @@ class IBTPOConfig(GRPOConfig):
         default="per_trajectory",
         metadata={
             "help": "Weight of a token that several trajectories share in the policy loss: once for each of them, "
-            "once in all, or as the sample of the policy that it is.",
+            "once in all, as the sample of the policy that it is, or in the first of them alone.",
             "choices": list(get_args(SharedTokenWeight)),
         },
     )
@@ -601,6 +639,7 @@ class IBTPOConfig(GRPOConfig):
         self._check_budget()
         self._check_credit()
         check_paths(self)
+        check_latents(self)
         group = self.rows_per_question
         if self.num_generations not in (None, group):
             per_tree = self.growth_settings.groups == 1
@@ -632,6 +671,22 @@ class IBTPOConfig(GRPOConfig):
             self.per_device_eval_batch_size = self.num_generations_eval or group
         self._check_whole_trees()
         super().__post_init__()
+
+    @classmethod
+    def i2b_lpo(cls, output_dir: str | None = None, **changes: Any) -> "IBTPOConfig":
+        """I2B-LPO ("Breaking Homogeneous Reasoning", arXiv 2601.05870) as one configuration.
+
+        Sets the fields in `i2b_lpo.I2B_LPO`: a fork in each of 4 rollouts at an uncertain token, 3 branches of each
+        steered by latents, the best 2 of them kept, GRPO's advantages with shared prefixes trained once, IBRO's term,
+        and how the released code samples and learns. A line in the log names them.
+
+        Args:
+            output_dir: as ever.
+            changes: fields that are set to something else, or in addition.
+        """
+        given = ", ".join(f"{name}={value!r}" for name, value in I2B_LPO.items() if name not in changes)
+        logger.info(f"I2B-LPO (arXiv 2601.05870) sets {given}.")
+        return cls(output_dir, **{**I2B_LPO, **changes})
 
     @property
     def growth_settings(self) -> GrowthSettings:

@@ -161,9 +161,10 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
         if self.use_vllm and self.vllm_mode == "colocate" and runs_on_cpu():
             self.vllm_generation = CPUVLLMGeneration.adopt(self.vllm_generation)
         measures = uses_entropies(self._strategy) and args.fork_entropy == "exact"
-        forward = measures or args.path_filter == "pmi"
+        forward = measures or args.path_filter == "pmi" or args.latent_mode == "psa"
         checks.refuse_sharded_growth(self._dist, args, self.reward_funcs, forward=forward)
         self._check_process_share()
+        self._attach_latents()
         self._choose_forward()
         self._success = Success(self.reward_func_names, args.success_reward, args.success_range, success_func)
         self._success_steers = args.success_steers or (branching is not None and uses_rewards(branching))

@@ -71,6 +71,15 @@ def refuse_unsupported(
             f"`adaptive_budget` is {args.adaptive_budget}, which cannot be combined with `tools` or "
             "`environment_factory`: each of the G rows of a question has an environment of its own. Leave it out."
         )
+    for name, unused, reason in (
+        ("path_filter", None, "what tools and environments did for the branches that are left out would be lost"),
+        ("latent_mode", "none", "a branch whose environment cannot be brought back starts over, without a fork"),
+    ):
+        if getattr(args, name) != unused and (kwargs.get("tools") or kwargs.get("environment_factory")):
+            raise ValueError(
+                f"`{name}` is {getattr(args, name)!r}, which cannot be combined with `tools` or "
+                f"`environment_factory`: {reason}. Leave it out."
+            )
     if args.use_transformers_continuous_batching:
         raise ValueError(
             "`use_transformers_continuous_batching` is not supported: it cannot give each rollout its own token "

@@ -20,7 +20,7 @@ from trl.models import unwrap_model_for_generation
 from ..branching import uses_entropies, uses_rewards
 from ..engines.base import RolloutEngine
 from ..engines.entropies import TeacherForcedEntropies
-from ..engines.transformers import TransformersEngine, unsharded
+from ..engines.transformers import unsharded
 from ..engines.turns import TurnEngine
 from ..engines.vllm import VLLMEngine
 from ..engines.vllm_server import VLLMServerEngine
@@ -28,13 +28,14 @@ from ..growth import GrownTree, TreeGrower, drive, leaf_budget
 from ..segments import make_grower
 from . import checks
 from .environments import close
+from .latent_branches import LatentBranches
 from .path_filter import PathFilter
 from .rewards import RewardScorer
 from .teacher_forcing import teacher_forced
 from .tools import ToolHost
 
 
-class TreeGeneration(PathFilter):
+class TreeGeneration(PathFilter, LatentBranches):
     """For a `GRPOTrainer` with an `IBTPOConfig`: grows trees with the current policy."""
 
     _last_batch = (-1, 0)  # optimizer step, and which of its generation batches
@@ -175,6 +176,7 @@ class TreeGeneration(PathFilter):
                     seed=(self.args.seed, self.state.global_step, prompt_index),
                     clock=engine.clock,
                     strategy=self._strategy,
+                    latent=None if self._latent_source is None else self._latent_source.noise,
                 )
             )
         return growers
@@ -188,18 +190,16 @@ class TreeGeneration(PathFilter):
             with ExitStack() as stack:
                 colocated = self.vllm_mode == "colocate"
                 stack.enter_context(_awake(self.vllm_generation) if colocated else closing(engine))
-                if uses_entropies(self._strategy) and self.args.fork_entropy == "exact":
-                    measure = partial(self._token_entropies, stack.enter_context(self._policy()))
+                measures = uses_entropies(self._strategy) and self.args.fork_entropy == "exact"
+                steers = self.args.latent_mode == "psa"
+                model = stack.enter_context(self._policy()) if measures or steers else None
+                if measures:
+                    measure = partial(self._token_entropies, model)
                     engine = TeacherForcedEntropies(engine, measure, self.args.per_device_train_batch_size)
-                yield engine
+                yield self._with_steered_branches(engine, model) if steers else engine
             return
         with self._policy() as model:
-            yield TransformersEngine(
-                model,
-                self.generation_config,
-                self._tokenizer.pad_token_id,
-                request_seeds=self.args.reproducible_rollouts,
-            )
+            yield self._transformers_engine(model)
 
     @contextmanager
     def _policy(self) -> Iterator[torch.nn.Module]:
@@ -209,7 +209,7 @@ class TreeGeneration(PathFilter):
                 self.model_wrapped,
                 self.accelerator,
                 gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                generation_kwargs=self.generation_kwargs,
+                generation_kwargs=getattr(self, "generation_kwargs", None),  # TRL has none with vLLM
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as model,
             unsharded(self.model_wrapped, reshard_after_forward=self._reshards_after_forward),
@@ -239,7 +239,12 @@ class TreeGeneration(PathFilter):
     def _vllm_engine(self) -> VLLMEngine | VLLMServerEngine:
         generation = self.vllm_generation
         if self.vllm_mode == "colocate":
-            return VLLMEngine(generation.llm, sampling_arguments(generation), self.args.reproducible_rollouts)
+            return VLLMEngine(
+                generation.llm,
+                sampling_arguments(generation),
+                self.args.reproducible_rollouts,
+                latents=self._steering if self.args.latent_mode == "softmax" else None,
+            )
         if not hasattr(generation, "vllm_client"):  # TRL connects the main process alone
             generation.vllm_client = VLLMClient(
                 base_url=generation.server_base_url or f"http://{generation.server_host}:{generation.server_port}",

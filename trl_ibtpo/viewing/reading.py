@@ -149,10 +149,10 @@ def _leaves(leaves: Any, nodes: list[Record]) -> list[Record]:
                 "advantage": _number(leaf.get("advantage")),
                 "rewards": {name: _number(value) for name, value in rewards.items()},
                 "finish_reason": _text(leaf.get("finish_reason")) or None,
-                "filtered_out": leaf.get("filtered_out") is True,
-                "path_score": _number(leaf.get("path_score")),
             }
         )
+        if "filtered_out" in leaf:
+            read[-1] |= {"filtered_out": leaf["filtered_out"] is True, "path_score": _number(leaf.get("path_score"))}
     return read
 
 
