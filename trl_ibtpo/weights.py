@@ -31,7 +31,7 @@ def step_weights(tree: RolloutTree, kind: SharedTokenWeight) -> list[np.ndarray]
     Weights are not negative and multiply the advantage, and every loss of TRL is proportional to an advantage that
     keeps its sign. So clipping and importance sampling act on ratios as before, and KL and entropy terms, which have
     no advantage, keep counting once per trajectory. The loss then divides as it would without weights: by the length
-    of each trajectory (`grpo`, `sapo`), by the number of tokens of all trajectories (`dapo`, `bnpo`, `cispo`, `vespo`),
+    of each trajectory (`grpo`, `sapo`), by the number of tokens of all of them (`dapo`, `bnpo`, `cispo`, `vespo`),
     by a constant (`dr_grpo`), or not at all (`luspo`).
     """
     paths = [tree.path(leaf) for leaf in tree.leaves]
