@@ -210,16 +210,12 @@ def test_scored_then_filtered_then_grouped(model_path, config, path_filter, tmp_
 def test_scores_by_advantage_are_of_the_whole_group(model_path, config):
     """GRPO's advantages of all 8 leaves, times the entropies of the policy, by a pass of its own."""
     trainer = make(model_path, config)
-    whole = trainer.grow_trees([tiny.questions()[0]])[0].filtered.whole
-    rewards = torch.tensor([by_length([whole.tree.trajectory(leaf)[0]])[0] for leaf in range(8)])
-    rewards += torch.tensor(tiny.even_length([whole.tree.trajectory(leaf)[0] for leaf in range(8)]))
+    filtered = trainer.grow_trees([tiny.questions()[0]])[0].filtered
+    whole, rewards = filtered.whole, torch.from_numpy(filtered.rewards_LF).sum(dim=1)
     advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
-    found = trainer._scores_by_advantage(
-        whole, trainer.grow_trees([tiny.questions()[0]])[0].filtered.rewards_LF * np.nan
-    )
-    assert np.isnan(found).all()  # no reward, no score
-    rewards_LF = np.stack([rewards.numpy(), np.zeros(8)], axis=1)
-    found = trainer._scores_by_advantage(whole, rewards_LF)
+    assert np.isnan(trainer._scores_by_advantage(whole, filtered.rewards_LF * np.nan)).all()  # no reward, no score
+    found = trainer._scores_by_advantage(whole, filtered.rewards_LF)
+    np.testing.assert_array_equal(found, filtered.scores_L)
     for leaf in range(8):
         ids, start = whole.tree.trajectory(leaf)[0], whole.tree.ends()[whole.tree.branch_steps[leaf]]
         if not whole.tree.rounds[leaf]:

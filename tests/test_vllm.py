@@ -309,6 +309,31 @@ def test_entropies_that_forks_are_chosen_by(untied, monkeypatch, source):
         np.testing.assert_allclose(found, expected, atol=0.02)
 
 
+def test_branches_that_vllm_cannot_steer(untied, monkeypatch):
+    """Pseudo self-attention: vLLM samples the initial rollouts, and transformers the branches, with latents."""
+    for name, value in {"branching": "entropy_fork", "tree_levels": 3, "latent_mode": "psa"}.items():
+        monkeypatch.setattr(untied.args, name, value)
+    for name, value in {"_branching": "entropy_fork", "_strategy": make_strategy("entropy_fork")}.items():
+        monkeypatch.setattr(untied, name, value)
+    for name in ("_latent_source", "_steering"):
+        monkeypatch.setattr(untied, name, None)
+    untied._attach_latents()
+    tree = untied.grow_trees([tiny.questions()[0]])[0].tree
+    assert not in_engine(untied) and len(tree.leaves) == 12
+    differences = {True: [], False: []}
+    for leaf in range(12):
+        ids, logprobs = tree.trajectory(leaf)
+        with torch.no_grad():
+            logits = untied.model(torch.tensor([tree.prompt_ids + ids])).logits[0, len(tree.prompt_ids) - 1 : -1]
+        expected = torch.log_softmax(logits.float() / untied.args.temperature, -1).gather(
+            1, torch.tensor(ids)[:, None]
+        )
+        start = tree.ends()[tree.branch_steps[leaf]]
+        found = (expected[:, 0] - torch.tensor(logprobs)).abs().tolist()
+        differences[tree.rounds[leaf] > 0] += found[start:]
+    assert np.mean(differences[False]) < 0.05 and np.max(differences[True]) > 0.1
+
+
 def test_prompt_that_leaves_no_room_is_named(untied):
     row = {"prompt": "What is 3 + 4? " * 60, "letter": "a"}
     with pytest.raises(ValueError, match=r"A prompt has \d+ tokens, but vLLM's context holds 256 .*`vllm_max_model"):
