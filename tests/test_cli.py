@@ -44,6 +44,7 @@ def run(*arguments: str, extra_path: Path | None = None) -> subprocess.Completed
         ([], ["train", "evaluate", "tree", "doctor", "--debug"]),
         (["evaluate"], ["--data FILE", "--task TASK", "(default: 0.95)", "avg@k and pass@k"]),
         (["tree"], ["--question_file", "--tree_levels", "(default: 9)", "--ib_beta"]),
+        (["latents", "train"], ["--injection {none,psa,softmax}", "(default: rationale)", "goes on where it"]),
         (["doctor"], ["--json [FILE]", "Exit code 1"]),
         (["train"], ["--tree_levels", "--reward_funcs", "--dataset_name", "--use_peft", "--load_in_4bit", "--config"]),
     ],

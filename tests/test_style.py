@@ -80,7 +80,7 @@ FLOORS = [
         "latents/vllm",
     ],
     ["branching", "advantages", "prefix_sharing/trainer_mixin", "latents/attention", "latents/logits"],
-    ["growth", "latents/proof"],
+    ["growth", "latents/proof", "latents/training"],
     ["segments", "paths", "latents/source"],
     ["viewing/records"],
     ["viewing/drawing", "viewing/reading"],
@@ -102,7 +102,7 @@ FLOORS = [
     ["training/reports", "training/generation", "evaluation/questions", "evaluation/harness"],
     ["ibtpo_trainer"],
     ["cli/common"],
-    ["cli/train", "cli/evaluate", "cli/tree", "cli/view", "cli/doctor"],
+    ["cli/train", "cli/evaluate", "cli/tree", "cli/view", "cli/doctor", "cli/latents"],
     ["cli/main"],
     ["__main__"],
 ]

@@ -22,6 +22,9 @@ from trl_ibtpo.engines.base import RolloutRequest
 from trl_ibtpo.engines.vllm import VLLMEngine
 from trl_ibtpo.engines.vllm_cpu import CPUVLLMGeneration
 from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive
+from trl_ibtpo.latents.noise import latent_noise
+from trl_ibtpo.latents.source import LatentSource
+from trl_ibtpo.latents.strength import Strength
 from trl_ibtpo.steps import StepSplitter
 from trl_ibtpo.training.generation import check_room
 from trl_ibtpo.training.rewards import RewardFunctionError
@@ -246,6 +249,51 @@ def test_prefix_cache_is_used(untied):
         while engine._in_flight:
             engine.poll()
     assert engine.cached_tokens >= 128 and engine.prefix_tokens == 400
+
+
+def test_latents_steer_the_requests_that_carry_one(untied):
+    """Log-probabilities are those of the shifted logits, alone and beside plain requests; most forks lie before it."""
+    model = untied.accelerator.unwrap_model(untied.model)
+    steering = LatentSource(Strength(1.0, 6.0), seed=3).attach(model, "softmax")
+    steering.acting.injection.logits.mul_(150)  # so that a wrong place would show
+    llm = untied.vllm_generation.llm
+    engine = VLLMEngine(llm, {"temperature": 0.8}, latents=steering)
+    prompts = [[5 + (7 * row + place) % 200 for place in range(9 + row)] for row in range(6)]
+    plain = VLLMEngine(llm, {"temperature": 0.8})
+    requests = [
+        RolloutRequest(row, ids, 12 + 3 * row, seed=row, latent=None if row == 2 else latent_noise([row]), fork=9)
+        for row, ids in enumerate(prompts)
+    ]
+    untied._sync_vllm()
+    engine.submit(requests)
+    rollouts = {}
+    while engine._in_flight:
+        rollouts |= {rollout.request_id: rollout for rollout in engine.poll()}
+    for request in requests:
+        rollout, ids = rollouts[request.request_id], request.prefix_ids + rollouts[request.request_id].token_ids
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, :-1].float()
+            steered = logits.clone()
+            if request.latent is not None:
+                since = torch.arange(1, len(ids)) - request.fork
+                gates = torch.where(since >= 0, torch.exp(-since / 6.0), 0.0)
+                steered += gates[:, None] * steering.acting.injection(torch.tensor(request.latent))
+        found = torch.tensor(rollout.logprobs)
+        expected, without = (
+            torch.log_softmax(each / 0.8, -1).gather(1, torch.tensor(ids[1:])[:, None])[-len(found) :, 0]
+            for each in (steered, logits)
+        )
+        assert (found - expected).abs().mean() < 0.05, request.request_id
+        assert request.latent is None or (found - without).abs().max() > 0.5
+    plain.submit([requests[2]])
+    alone = []
+    while plain._in_flight:
+        alone += plain.poll()
+    assert alone[0].token_ids == rollouts[2].token_ids and alone[0].logprobs == pytest.approx(rollouts[2].logprobs)
+    with pytest.raises(ValueError, match=r"request 0 has a latent, but vLLM has no place"):
+        plain.submit(requests[:1])
+    with pytest.raises(ValueError, match=r"`latent_mode` is 'psa', which vLLM has no place for"):
+        VLLMEngine(llm, {}, latents=LatentSource(Strength()).attach(model, "psa"))
 
 
 def test_more_prompt_tokens_than_fit_into_one_step(untied):

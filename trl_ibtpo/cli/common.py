@@ -1,4 +1,4 @@
-"""What the commands share: how arguments are read and refused, and how JSON is written."""
+"""What the commands share: how arguments are read and refused, how datasets are found, and how JSON is written."""
 
 import argparse
 import json
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..viewing.lines import one_line
+
+FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # to builders of `datasets`
 
 
 class UsageError(Exception):
@@ -46,6 +48,29 @@ class Parser(OneLineErrors, argparse.ArgumentParser):
         if unknown:
             self.error(f"unknown arguments: {' '.join(unknown)}")
         return found
+
+
+def load_named(dataset_name: str, config: str | None = None, streaming: bool = False) -> Any:
+    """By name on the Hub, a file, or a folder: files that `load_dataset` knows, or what `save_to_disk` wrote."""
+    import datasets
+
+    folder = Path(dataset_name)
+    if folder.suffix in FILE_KINDS:
+        if not folder.is_file():
+            raise FileNotFoundError(f"--dataset_name is {dataset_name!r}, which is no file here.")
+        return datasets.load_dataset(FILE_KINDS[folder.suffix], data_files=dataset_name, streaming=streaming)
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return datasets.load_from_disk(dataset_name)
+    return datasets.load_dataset(dataset_name, name=config, streaming=streaming)
+
+
+def split_of(dataset: Any, name: str) -> Any:
+    """One split of what `load_named` gives."""
+    if not isinstance(dataset, dict):  # saved to disk without splits
+        return dataset
+    if name not in dataset:
+        raise ValueError(f"The dataset has no split {name!r}; it has: {', '.join(dataset)}.")
+    return dataset[name]
 
 
 def write_json(path: str | None, value: Any) -> None:

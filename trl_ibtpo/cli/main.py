@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "avg@k and pass@k on a JSONL or a benchmark",
     "tree": "grow and draw one tree",
     "view": "look at the trees of a run, in one HTML file or while it trains",
+    "latents": "train latents that steer branches, for latent_prior",
     "doctor": "what is installed, and what of this package will be on",
 }
 

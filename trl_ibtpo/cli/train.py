@@ -4,13 +4,11 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from .common import HelpFormatter, OneLineErrors, UsageError
+from .common import HelpFormatter, OneLineErrors, UsageError, load_named, split_of
 
 FIRST = ("model_name_or_path", "dataset_name", "reward_funcs", "output_dir", "use_vllm")  # in the help
-FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # to builders of `datasets`
 
 
 def run(argv: Sequence[str]) -> int:
@@ -58,8 +56,8 @@ def run(argv: Sequence[str]) -> int:
         model=model.model_name_or_path,
         reward_funcs=reward_funcs,
         args=args,
-        train_dataset=_split(dataset, script.dataset_train_split),
-        eval_dataset=_split(dataset, script.dataset_test_split) if args.eval_strategy != "no" else None,
+        train_dataset=split_of(dataset, script.dataset_train_split),
+        eval_dataset=split_of(dataset, script.dataset_test_split) if args.eval_strategy != "no" else None,
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
@@ -122,7 +120,6 @@ def _reward_functions(script: Any) -> list[str | Callable]:
 
 def _load_dataset(script: Any, mixture: Any) -> Any:
     """By name on the Hub, a file, or a folder: files that `load_dataset` knows, or what `save_to_disk` wrote."""
-    import datasets
     from trl import get_dataset
 
     if mixture.datasets and script.dataset_name:
@@ -131,21 +128,4 @@ def _load_dataset(script: Any, mixture: Any) -> Any:
         return get_dataset(mixture)
     if not script.dataset_name:
         raise UsageError("--dataset_name is missing: a name on the Hub, a folder, or a file such as data.jsonl.")
-    folder = Path(script.dataset_name)
-    if folder.suffix in FILE_KINDS:
-        if not folder.is_file():
-            raise FileNotFoundError(f"--dataset_name is {script.dataset_name!r}, which is no file here.")
-        return datasets.load_dataset(
-            FILE_KINDS[folder.suffix], data_files=script.dataset_name, streaming=script.dataset_streaming
-        )
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return datasets.load_from_disk(script.dataset_name)
-    return datasets.load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
-
-
-def _split(dataset: Any, name: str) -> Any:
-    if not isinstance(dataset, dict):  # saved to disk without splits
-        return dataset
-    if name not in dataset:
-        raise ValueError(f"The dataset has no split {name!r}; it has: {', '.join(dataset)}.")
-    return dataset[name]
+    return load_named(script.dataset_name, script.dataset_config, script.dataset_streaming)

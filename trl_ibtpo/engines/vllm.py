@@ -20,6 +20,7 @@ class VLLMEngine:
         request_seeds: sample each request from its own seed, so that a rollout depends on its prefix and seed alone,
             not on what else is in the batch.
         lora_request: vLLM's `LoRARequest` of the adapter to sample with, if any.
+        latents: a `latents.source.Steering` of the softmax arm; without it, requests with latents are refused.
 
     A request that asks for entropies gets those among the `LIKELIEST` tokens: vLLM gives no others. Exact ones come
     from `TeacherForcedEntropies`.
@@ -28,7 +29,14 @@ class VLLMEngine:
     clock = "tokens"
     _numbers = itertools.count()  # makes request ids unique in an engine that outlives this object
 
-    def __init__(self, llm: Any, sampling: dict[str, Any], request_seeds: bool = True, lora_request: Any = None):
+    def __init__(
+        self,
+        llm: Any,
+        sampling: dict[str, Any],
+        request_seeds: bool = True,
+        lora_request: Any = None,
+        latents: Any = None,
+    ):
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -45,19 +53,26 @@ class VLLMEngine:
         }
         self._request_seeds = request_seeds
         self._lora_request = lora_request
+        self._latents = latents
+        if latents is not None:
+            latents.install(llm)
         self._in_flight: dict[str, Hashable] = {}  # what vLLM was given as the id of a request, to ours
         self._internal: dict[Hashable, str] = {}  # ours to the id that vLLM makes of what it is given
         self.cached_tokens = 0  # prefix tokens that were not computed again
         self.prefix_tokens = 0
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
-        refuse_latents(requests, "vLLM has no place for it in its layers")
-        for request in requests:
+        if self._latents is None:
+            refuse_latents(requests, "vLLM has no place for it in its layers")
+        extra = [None] * len(requests) if self._latents is None else self._latents.vllm_arguments(requests)
+        for request, extra_args in zip(requests, extra, strict=True):
             seed = request.seed if self._request_seeds else None
             arguments = {**self._sampling, "max_tokens": request.max_tokens, "seed": seed}
             if request.entropies:
                 arguments["logprobs"] = LIKELIEST
             parameters = self._sampling_params(**arguments)
+            if extra_args is not None:
+                parameters.extra_args = {**(parameters.extra_args or {}), **extra_args}
             number = f"tree-{next(self._numbers)}"
             internal = self._llm_engine.add_request(
                 number, {"prompt_token_ids": request.prefix_ids}, parameters, lora_request=self._lora_request

@@ -49,3 +49,9 @@ class LatentLogits(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         gates = self._strength.gates(input_ids.shape[1] - self._forks)  # of the token that comes next
         return scores + (gates[:, None] * self._shifts).to(scores.dtype)
+
+    def teacher_forced(self, logits: torch.Tensor) -> torch.Tensor:
+        """The same for all places of a forward pass at once, `(B, T, V)`: place `t` predicts token `t + 1`."""
+        since = torch.arange(1, logits.shape[1] + 1, device=logits.device)[None] - self._forks[:, None]
+        gates = self._strength.gates(since)
+        return logits + (gates[:, :, None] * self._shifts[:, None]).to(logits.dtype)

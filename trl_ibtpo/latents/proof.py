@@ -5,6 +5,8 @@ or how keys are laid out. So before latents are used, a small batch goes through
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -52,7 +54,18 @@ def _tokens(model: PreTrainedModel) -> list[list[int]]:
     return [rng.integers(low, high, count).tolist() for count in (SHORT, LONG)]
 
 
-@torch.no_grad()
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout, gradients or gradient checkpointing, which goes without a cache."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
 def measured_scales(model: PreTrainedModel) -> LayerScales:
     """Root mean squares of what random projections are added to or stand beside."""
 
@@ -60,7 +73,8 @@ def measured_scales(model: PreTrainedModel) -> LayerScales:
         return float(values.float().pow(2).mean().sqrt())
 
     ids = torch.tensor(_tokens(model)[1:], device=model.device)
-    layers = model.get_decoder()(input_ids=ids, use_cache=True).past_key_values.layers
+    with _evaluating(model):
+        layers = model.get_decoder()(input_ids=ids, use_cache=True).past_key_values.layers
     norms = [layer.input_layernorm.weight for layer in attention_layers(model)]
     return LayerScales(
         norm_weight=[rms(weight) for weight in norms],
@@ -73,14 +87,13 @@ def measured_scales(model: PreTrainedModel) -> LayerScales:
     )
 
 
-@torch.no_grad()
 def measured_spread(model: PreTrainedModel) -> float:
     """Standard deviation of the logits of one token, over the vocabulary."""
     ids = torch.tensor(_tokens(model)[1:], device=model.device)
-    return float(model(input_ids=ids).logits.float().std(-1).mean())
+    with _evaluating(model):
+        return float(model(input_ids=ids).logits.float().std(-1).mean())
 
 
-@torch.no_grad()
 def why_not_steered(model: PreTrainedModel, steering: LayerSteering) -> str | None:
     """Why latents would not act on this model as they should; None where they do.
 
@@ -88,14 +101,11 @@ def why_not_steered(model: PreTrainedModel, steering: LayerSteering) -> str | No
     extra key reaches every layer and matters; log-probabilities while generating are those of a forward pass over the
     whole sequence, with padding and forks that differ between rows.
     """
-    training = model.training
-    model.eval()
     try:
-        return _why_not(model, steering)
+        with _evaluating(model):
+            return _why_not(model, steering)
     except Exception as error:  # whatever it is, latents must not be used
         return f"a forward pass with latents ends in {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    finally:
-        model.train(training)
 
 
 def _why_not(model: PreTrainedModel, steering: LayerSteering) -> str | None:
@@ -179,12 +189,11 @@ def _generate(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> 
     config = GenerationConfig(
         max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0, disable_compile=True
     )
+    config.update(return_dict_in_generate=True, output_logits=True)
     output = model.generate(
         input_ids=ids,
         attention_mask=mask,
         generation_config=config,
-        return_dict_in_generate=True,
-        output_logits=True,
     )
     return output.sequences, torch.log_softmax(torch.stack(output.logits, dim=1).float(), -1)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from ..engines.base import RolloutRequest
@@ -115,6 +115,14 @@ class LatentSource:
         return injection.requires_grad_(False)
 
 
+def save_projections(injection: LayerInjection | LogitInjection, folder: Path) -> None:
+    """Write trained projections to where `LatentSource` finds them."""
+    save_file(
+        {name: weight.detach().cpu().contiguous() for name, weight in injection.state_dict().items()},
+        folder / INJECTIONS[injection.mode],
+    )
+
+
 class Steering:
     """What engines need to steer their requests; see `engines.base.LatentSteering`.
 
@@ -137,6 +145,34 @@ class Steering:
         ]
         with self.acting.steered(self.latents(requests), forks) as processors:
             yield processors
+
+    def install(self, llm: Any) -> None:
+        """Let the vLLM engine of `llm`, in this process, steer the requests that carry `vllm_arguments`.
+
+        Raises:
+            ValueError: with pseudo self-attention, and where vLLM takes no logits processor.
+        """
+        from . import vllm
+
+        if not isinstance(self.acting, LogitSteering):
+            raise ValueError(
+                "`latent_mode` is 'psa', which vLLM has no place for in its layers. Generate branches with "
+                "transformers, or use `latent_mode='softmax'`."
+            )
+        vllm.install(llm, self.acting.injection.logits.data, self.acting.strength)
+
+    def vllm_arguments(self, requests: Sequence[RolloutRequest]) -> list[dict[str, Any] | None]:
+        """`SamplingParams.extra_args` of every request; None where a request has no latent."""
+        from . import vllm
+
+        if all(request.latent is None for request in requests):
+            return [None] * len(requests)
+        return [
+            None
+            if request.latent is None
+            else {vllm.ARGUMENT: {"z": latent, "since_fork": len(request.prefix_ids) - request.fork}}
+            for request, latent in zip(requests, self.latents(requests).tolist(), strict=True)
+        ]
 
     @torch.no_grad()
     def latents(self, requests: Sequence[RolloutRequest]) -> torch.Tensor:

@@ -18,8 +18,9 @@ ARGUMENT = "ibtpo_latent"  # in `SamplingParams.extra_args`: z and the number of
 class LatentLogitsProcessor(LogitsProcessor):
     """Adds `gamma(n) W_o z` to the logits of requests that say their `z`; all others stay bitwise as they are."""
 
-    def __init__(self, weight: torch.Tensor, strength: Strength):
-        self._weight = weight  # W_o, (V, Z)
+    def __init__(self, weight: torch.Tensor, strength: Strength, device: torch.device):
+        self.made_of = (weight, strength)
+        self._weight = weight.to(device)  # W_o, (V, Z)
         self._strength = strength
         self._requests: dict[int, tuple[torch.Tensor, int, list[int]]] = {}  # by row of the batch
 
@@ -71,5 +72,10 @@ def install(llm: Any, weight: torch.Tensor, strength: Strength) -> None:
 def _join(worker: Any, weight: torch.Tensor, strength: Strength) -> None:
     runner = getattr(worker, "worker", worker).model_runner
     processors = runner.input_batch.logitsprocs.non_argmax_invariant
-    processors[:] = [each for each in processors if not isinstance(each, LatentLogitsProcessor)]
-    processors.append(LatentLogitsProcessor(weight.to(runner.device), strength))
+    for each in processors:
+        if isinstance(each, LatentLogitsProcessor):
+            if each.made_of[0].data_ptr() == weight.data_ptr() and each.made_of[1] == strength:
+                return
+            processors.remove(each)
+            break
+    processors.append(LatentLogitsProcessor(weight, strength, runner.device))
