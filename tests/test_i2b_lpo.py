@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from trl_ibtpo import IBTPOConfig, IBTPOTrainer
 from trl_ibtpo.i2b_lpo import I2B_LPO
@@ -230,6 +230,20 @@ def test_the_constructor_sets_what_it_says(tmp_path):
 def test_what_does_not_go_with_latents(config, fields, error, words):
     with pytest.raises(error, match=words):
         config(**{**I2B_LPO, **fields})
+
+
+def test_a_generate_of_its_own_is_refused(model_path, config):
+    """The proof that latents reach the layers is made with forward passes, which such a model may not make."""
+
+    class Quick(Qwen3ForCausalLM):
+        def generate(self, *args, **kwargs):
+            return super().generate(*args, **kwargs)
+
+    arguments = {"reward_funcs": tiny.even_length, "train_dataset": tiny.questions()}
+    arguments["processing_class"] = AutoTokenizer.from_pretrained(model_path)
+    with pytest.raises(ValueError, match="'psa', but Quick has a `generate` of its own"):
+        IBTPOTrainer(Quick.from_pretrained(model_path), args=config(**I2B_LPO), **arguments)
+    IBTPOTrainer(Quick.from_pretrained(model_path), args=config(**{**I2B_LPO, "latent_mode": "softmax"}), **arguments)
 
 
 @pytest.mark.parametrize(

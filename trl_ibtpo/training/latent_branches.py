@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 
 from ..engines.base import RolloutEngine
 from ..engines.routed import RoutedEngine
@@ -30,6 +30,13 @@ class LatentBranches:
         self._latent_source = LatentSource.from_config(self.args)
         if self._latent_source is not None:
             model = self.accelerator.unwrap_model(self.model)
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            if self.args.latent_mode == "psa" and type(base).generate is not GenerationMixin.generate:
+                raise ValueError(
+                    f"`latent_mode` is 'psa', but {type(base).__name__} has a `generate` of its own, which may pass by "
+                    "the layers that latents act on. Use `latent_mode='softmax'`, or a model that generates as "
+                    "transformers does."
+                )
             self._steering = self._latent_source.attach(model, self.args.latent_mode)
 
     def _transformers_engine(self, model: torch.nn.Module) -> TransformersEngine:
