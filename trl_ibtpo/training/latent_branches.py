@@ -33,7 +33,7 @@ class LatentBranches:
             base = model.get_base_model() if hasattr(model, "get_base_model") else model
             if self.args.latent_mode == "psa" and type(base).generate is not GenerationMixin.generate:
                 raise ValueError(
-                    f"`latent_mode` is 'psa', but {type(base).__name__} has a `generate` of its own, which may pass by "
+                    f"`latent_mode` is 'psa', but {type(base).__name__} has a `generate` of its own, which may bypass "
                     "the layers that latents act on. Use `latent_mode='softmax'`, or a model that generates as "
                     "transformers does."
                 )
