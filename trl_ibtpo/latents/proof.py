@@ -70,7 +70,7 @@ def measured_scales(model: PreTrainedModel) -> LayerScales:
     """Root mean squares of what random projections are added to or stand beside."""
 
     def rms(values: torch.Tensor) -> float:
-        return float(values.float().pow(2).mean().sqrt())
+        return float(values.detach().float().pow(2).mean().sqrt())
 
     ids = torch.tensor(_tokens(model)[1:], device=model.device)
     with _evaluating(model):
