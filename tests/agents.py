@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import random
 from collections.abc import Callable
 
@@ -11,31 +10,9 @@ import torch
 from datasets import Dataset
 from trl import GRPOTrainer
 
+from benchmarks.agents_task import RESPONSE, TEMPLATE, call
 from trl_ibtpo import IBTPOTrainer
 from trl_ibtpo.engines.base import Rollout
-
-TEMPLATE = (
-    "{% if tools %}<|im_start|>tools{% for tool in tools %} {{ tool.function.name }}{% endfor %}<|im_end|>\n"
-    "{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{{ message.content if message.content is string else message.content[0].text }}"
-    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-RESPONSE = {
-    "defaults": {"role": "assistant"},
-    "start_anchor": "<|im_start|>assistant\n",
-    "fields": {
-        "tool_calls": {
-            "open": "<tool_call>",
-            "close_pattern": "</tool_call>\\s*",
-            "repeats": True,
-            "content": "json",
-            "transform": {"type": "function", "function": "{content}"},
-        },
-        "content": {"close_pattern": "<\\|im_end\\|>\\s*", "content": "text"},
-    },
-}
 
 
 def tokenizer():
@@ -46,10 +23,6 @@ def tokenizer():
     found.chat_template = TEMPLATE
     found.response_template = RESPONSE
     return found
-
-
-def call(name: str, **arguments) -> str:
-    return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
 
 
 def rows(count: int = 8, **columns) -> Dataset:

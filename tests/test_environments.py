@@ -4,6 +4,7 @@ import contextlib
 import json
 import random
 import re
+import time
 
 import agents
 import pytest
@@ -190,6 +191,17 @@ class Frail(agents.WithSnapshots):
             raise ConnectionError("the <b>server</b> is gone")
 
 
+class Stuck(agents.WithSnapshots):
+    """Hangs where it goes back to some states."""
+
+    alive: list[agents.Counter] = []  # noqa: RUF012
+
+    def _restore(self, state):
+        super()._restore(state)
+        while self.value % 3 == 0:
+            time.sleep(0.01)
+
+
 class Slow(agents.Counter):
     """Hangs now and then."""
 
@@ -211,6 +223,7 @@ class Slow(agents.Counter):
     ("environment", "words", "fields"),
     [
         (Frail, "_restore of Frail raised ConnectionError: the <b>server</b> is gone", {}),
+        (Stuck, "_restore of Stuck did not end within 0.2 seconds", {"tool_timeout": 0.2}),
         (Slow, "multiply did not answer within 0.2 seconds", {"tool_timeout": 0.2}),
     ],
 )
@@ -237,16 +250,21 @@ def test_an_environment_that_fails_ends_its_trajectory(path, config, environment
     assert trainer.state.log_history[0]["loss"] is not None
 
 
-def test_environments_are_closed_when_training_ends_with_an_error(path, config):
-    trainer, _ = build(path, config, agents.Copied, {"environment_branching": "deepcopy"})
+@pytest.mark.parametrize(
+    ("environment", "fields"), [(agents.Copied, {"environment_branching": "deepcopy"}), (Frail, {})]
+)
+def test_environments_are_closed_once_when_training_ends_with_an_error(path, config, environment, fields, caplog):
+    trainer, _ = build(path, config, environment, fields)
 
     def explode(*args, **kwargs):
         raise KeyboardInterrupt
 
     trainer.reward_funcs[0] = explode
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), caplog.at_level("WARNING"):
         trainer.train()
-    assert not agents.Copied.alive
+    assert not environment.alive
+    assert "Closing the environment" not in caplog.text  # a second time raises
+    assert ("_restore of Frail" in caplog.text) == (environment is Frail)
 
 
 class Undecided(agents.Counter):
