@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_growth import ANY, PROMPTS, Engine, Scorer, Splitter, make_grower
 
 from trl_ibtpo import IBTPOTrainer
-from trl_ibtpo.growth import GrowthSettings, drive
+from trl_ibtpo.growth import GrownTree, GrowthSettings, drive
 from trl_ibtpo.paths import advantage_scores, best_paths, keep_paths, pmi_score
 from trl_ibtpo.scores import score_tree
 from trl_ibtpo.tree import RolloutTree
@@ -229,11 +229,15 @@ def test_scores_by_advantage_are_of_the_whole_group(model_path, config):
 
 
 def test_scores_by_answer_are_those_of_the_model(model_path, config):
-    """Each of the four log-probabilities by a pass of its own over the plain model."""
+    """Each of the four log-probabilities by a pass of its own over the plain model; the answer comes before the end."""
     trainer = make(model_path, config, "pmi", ib_beta=3.0)
-    tree = trainer.grow_trees([{**tiny.questions()[0], "solution": "12"}])[0].filtered.whole.tree
-    (found,) = trainer._scores_by_answer([replace_tree(trainer, tree)], ["12"])
+    eos, prompt = trainer._tokenizer.eos_token_id, trainer._tokenizer.encode("What is 5 + 7?")
     answer = trainer._tokenizer.encode("12")
+    tree = RolloutTree(prompt)
+    for leaf, ids in enumerate([[70, 71, 72], [80, 81, eos], [eos], [90, 91, 92, 93]]):
+        tree.open(0, int(leaf > 0), 0)
+        tree.extend(leaf, ids, [-1.0] * len(ids), [len(ids)])
+    (found,) = trainer._scores_by_answer([GrownTree(tree, score_tree(tree, beta=3.0), GrowthSettings())], ["12"])
 
     def logp(prefix, ids):
         with torch.no_grad():
@@ -241,21 +245,12 @@ def test_scores_by_answer_are_those_of_the_model(model_path, config):
         logps = torch.log_softmax(logits, -1)[len(prefix) - 1 : -1]
         return logps.gather(1, torch.tensor(ids)[:, None]).sum().item()
 
-    eos = trainer._tokenizer.eos_token_id
-    for leaf in range(8):
-        path = tree.trajectory(leaf)[0]
-        path = path[:-1] if path[-1] == eos else path
-        if not tree.rounds[leaf] or not path:
-            assert np.isnan(found[leaf])
-            continue
-        about_answer = logp(tree.prompt_ids + path, answer) - logp(tree.prompt_ids, answer)
-        about_question = logp(tree.prompt_ids, path) - logp([eos], path)
+    assert np.isnan(found).tolist() == [True, False, True, False]  # an initial rollout, and a path of no tokens
+    for leaf, path in {1: [80, 81], 3: [90, 91, 92, 93]}.items():
+        about_answer = logp(prompt + path, answer) - logp(prompt, answer)
+        about_question = logp(prompt, path) - logp([eos], path)
         expected = 3.0 * about_answer / len(answer) - about_question / len(path)
         assert found[leaf] == pytest.approx(expected, abs=1e-3)
-
-
-def replace_tree(trainer, tree):
-    return replace(trainer.grow_trees([{**tiny.questions()[0], "solution": "12"}])[0].filtered.whole, tree=tree)
 
 
 @pytest.mark.parametrize(
