@@ -229,7 +229,7 @@ def test_scores_by_advantage_are_of_the_whole_group(model_path, config):
 
 
 def test_scores_by_answer_are_those_of_the_model(model_path, config):
-    """Each of the four log-probabilities by a pass of its own over the plain model; the answer comes before the end."""
+    """Each of the four log-probabilities by a pass of its own over the model; the answer comes before the end."""
     trainer = make(model_path, config, "pmi", ib_beta=3.0)
     eos, prompt = trainer._tokenizer.eos_token_id, trainer._tokenizer.encode("What is 5 + 7?")
     answer = trainer._tokenizer.encode("12")
