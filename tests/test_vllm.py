@@ -379,7 +379,8 @@ def test_branches_that_vllm_cannot_steer(untied, monkeypatch):
         start = tree.ends()[tree.branch_steps[leaf]]
         found = (expected[:, 0] - torch.tensor(logprobs)).abs().tolist()
         differences[tree.rounds[leaf] > 0] += found[start:]
-    assert np.mean(differences[False]) < 0.05 and np.max(differences[True]) > 0.1
+    # Without a latent transformers would give what the model gives here.
+    assert np.mean(differences[False]) < 0.05 and np.max(differences[True]) > 0.02
 
 
 def test_prompt_that_leaves_no_room_is_named(untied):
