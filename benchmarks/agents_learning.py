@@ -24,8 +24,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks import agents_task, common
 from benchmarks.estimates import Estimate
+from benchmarks.learning_run import PLAIN
 from benchmarks.sampling import QuickQwen3
-from benchmarks.tasks import PLAIN
 from trl_ibtpo import IBTPOConfig, IBTPOTrainer
 
 RESULTS = Path(__file__).parent / "results" / "agents.jsonl"

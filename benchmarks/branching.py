@@ -1,9 +1,10 @@
 """Where to branch, and with how many siblings: trees of every strategy and shape on policies of different skill.
 
-    python -m benchmarks.branching [--quick] [--warm_steps 400 200] [--chain_steps 6 12] [--json FILE]
+    python -m benchmarks.branching [--quick] [--tasks chain7 chain10] [--chain_steps 6 12] [--json FILE]
 
-The policies are the quickstart's model before IB-TPO, after as many supervised steps as `--warm_steps` says, and
-simulated ones that answer chains of `--chain_steps` operations (`benchmarks.simulated`). Eff-Rate is the share of
+The policies are the models that `benchmarks.learning` starts from on `--tasks`, simulated ones that answer chains of
+`--chain_steps` operations (`benchmarks.simulated`), and the quickstart's model before IB-TPO, after as many supervised
+steps as `--warm_steps` says. Eff-Rate is the share of
 questions whose completions differ in success, Avg-Rate the mean success of all completions; both with standard errors
 over questions. `distinct_answers` counts the different answers of a question's completions, `branched_steps` the
 different steps that a tree was branched after. Trees run on their own clock in tokens, as in vLLM, so the figures are
@@ -25,7 +26,9 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from benchmarks import common
+from benchmarks.sampling import QuickQwen3
 from benchmarks.simulated import BlankLines, SimulatedChains
+from benchmarks.tasks import TASKS, Chain
 from examples import quickstart
 from trl_ibtpo.engines.base import Rollout, RolloutRequest
 from trl_ibtpo.engines.transformers import TransformersEngine
@@ -44,7 +47,6 @@ SHAPES_OF = {
 STRATEGIES = ["independent", "ib", "confidence", "contrast", "surprisal", "segments", "random", "pivot"]
 FIELDS = ("tree_initial_rollouts", "tree_levels", "tree_nodes_per_level", "tree_branches_per_node")
 PAPER = ("ib", SHAPES[0], 0)
-MAX_COMPLETION_LENGTH = quickstart.MAX_COMPLETION_LENGTH  # of the simulated chains as well: up to 12 steps of 5 tokens
 
 
 def modes(lookaheads: list[int]) -> list[tuple[str, tuple, int]]:
@@ -56,8 +58,10 @@ def modes(lookaheads: list[int]) -> list[tuple[str, tuple, int]]:
 class SharedSamples:
     """An engine whose n-th continuation of a prefix is the same whenever it is asked for since `rewind` again.
 
-    It also knows the questions and their answers, as `SimulatedChains` does.
+    It also knows the questions and their answers, as `SimulatedChains` does; here those of the quickstart.
     """
+
+    max_completion_length = quickstart.MAX_COMPLETION_LENGTH
 
     def __init__(self, model, tokenizer, entries=()):
         self.tokenizer, self.entries = tokenizer, entries
@@ -111,13 +115,31 @@ class SharedSamples:
         self.queue = []
 
 
+class TaskSamples(SharedSamples):
+    """The same for a task of `benchmarks.learning`."""
+
+    def __init__(self, task: Chain, model, tokenizer, rows):
+        super().__init__(model, tokenizer, rows)
+        self.task, self.max_completion_length = task, task.max_completion_length
+
+    def prompt(self, question):
+        return self.tokenizer(self.entries[question]["prompt"])["input_ids"]
+
+    def answer(self, ids):
+        return (self.tokenizer.decode(ids, skip_special_tokens=True).split() or [""])[-1]
+
+    def is_right(self, question, ids):
+        text, row = self.tokenizer.decode(ids, skip_special_tokens=True), self.entries[question]
+        return self.task.reward([text], **{name: [value] for name, value in row.items() if name != "prompt"})[0] == 1
+
+
 def measure(engine, splitter, questions: int, mode: tuple, seed: int) -> dict[str, np.ndarray]:
     """Effective (0/1), mean success, generated tokens, distinct answers and branched steps of each question's tree."""
     strategy, shape, lookahead = mode
     settings = GrowthSettings(
         branching=strategy,
         branch_lookahead=lookahead,
-        max_completion_length=MAX_COMPLETION_LENGTH,
+        max_completion_length=getattr(engine, "max_completion_length", quickstart.MAX_COMPLETION_LENGTH),
         **dict(zip(FIELDS, shape, strict=True)),
     )
     growers = [
@@ -179,7 +201,8 @@ def main() -> None:
     arguments = common.parser(__doc__.splitlines()[0])
     arguments.add_argument("--questions", type=int, default=1024)
     arguments.add_argument("--chunk", type=int, default=256, help="questions grown together")
-    arguments.add_argument("--warm_steps", type=int, nargs="*", default=[400, 200], help="a model for each")
+    arguments.add_argument("--tasks", nargs="*", choices=list(TASKS), default=["chain7", "chain10"])
+    arguments.add_argument("--warm_steps", type=int, nargs="*", default=[], help="a model for each")
     arguments.add_argument("--chain_steps", type=int, nargs="*", default=[6, 12], help="a simulated policy for each")
     arguments.add_argument(
         "--lookahead", type=int, nargs="*", default=[], help="rows of IB with it, beside the others"
@@ -189,10 +212,15 @@ def main() -> None:
     args = arguments.parse_args()
     if args.quick:
         args.questions = args.chunk = 8
-        args.warm_steps, args.chain_steps, args.lookahead = [10], [6], [3]
+        args.tasks, args.warm_steps, args.chain_steps, args.lookahead = [], [10], [6], [3]
     measured, rows = modes(args.lookahead), []
-    policies = [("warm start", steps) for steps in args.warm_steps] + [("chain", steps) for steps in args.chain_steps]
+    policies = [("task", name) for name in args.tasks] + [("chain", steps) for steps in args.chain_steps]
+    policies += [("warm start", steps) for steps in args.warm_steps]
     for kind, steps in policies:
+        if kind == "task":
+            task, folder = TASKS[steps], TASKS[steps].warm_start(args.warm_starts or Path("outputs/warm_starts"))
+            model = QuickQwen3.from_pretrained(folder, dtype=torch.float32).eval()
+            tokenizer, entries = AutoTokenizer.from_pretrained(folder), task.questions(args.questions, seed=-3)
         if kind == "warm start":
             model, tokenizer = warm_model(args.warm_starts, steps, args.seed)
             model.eval()
@@ -203,9 +231,11 @@ def main() -> None:
             for start in chunks:  # interleaved, chunk by chunk
                 count, seed = min(args.chunk, args.questions - start), args.seed + start
                 torch.manual_seed(seed)
+                chunk = [] if kind == "chain" else entries[start : start + count]
                 if kind == "warm start":
-                    chunk = entries[start : start + count]
                     engine, splitter = SharedSamples(model, tokenizer, chunk), StepSplitter(tokenizer)
+                elif kind == "task":
+                    engine, splitter = TaskSamples(task, model, tokenizer, chunk), StepSplitter(tokenizer)
                 else:
                     engine, splitter = SimulatedChains(steps, count, seed), BlankLines()
                 for mode in measured:

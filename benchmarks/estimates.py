@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import mpmath
 import numpy as np
@@ -13,6 +14,7 @@ def two_sided_p(t: float, degrees: int) -> float:
     return float(mpmath.betainc(degrees / 2, 0.5, 0, degrees / (degrees + t * t), regularized=True))
 
 
+@cache
 def t_quantile(degrees: int, level: float = 0.95) -> float:
     """Half width, in standard errors, of an interval at that level."""
     low, high = 0.0, 1e4

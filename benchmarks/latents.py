@@ -4,7 +4,8 @@
     python -m benchmarks.latents --what diversity --warm_starts outputs/warm_starts
 
 `time`: branches with pseudo self-attention against plain generation with transformers, for the same prefixes and
-budgets, interleaved; a ratio is that of one pair of runs.
+budgets, interleaved; a ratio is that of one pair of runs. Time is that of the processor, in one thread, so that other
+work on the machine counts little.
 
 `diversity`: one rollout of a chain task for each question, one fork in it at a token drawn from the 5% of highest
 entropy, and K continuations of the same prefix from the same seeds in every arm. An answer is the last token of a
@@ -29,6 +30,7 @@ from benchmarks import common
 from benchmarks.tasks import TASKS, Chain
 from trl_ibtpo.engines.base import Rollout, RolloutRequest
 from trl_ibtpo.engines.transformers import TransformersEngine
+from trl_ibtpo.latents.attention import LayerSteering
 from trl_ibtpo.latents.noise import LATENT, latent_noise
 from trl_ibtpo.latents.source import LatentSource, Steering
 from trl_ibtpo.latents.strength import Strength
@@ -86,10 +88,10 @@ def measure_time(args) -> list[dict]:
         seconds: dict[str, list[float]] = {name: [] for name in engines}
         for repeat in tqdm(range(args.repeats + 1), desc=f"{branches} branches", unit="pair"):
             for name in ("plain", "psa") if repeat % 2 else ("psa", "plain"):
-                begun = time.perf_counter()
+                begun = time.process_time()
                 answers(*engines[name])
                 if repeat:  # the first pair warms up
-                    seconds[name].append(time.perf_counter() - begun)
+                    seconds[name].append(time.process_time() - begun)
         ratios = [psa / plain for psa, plain in zip(seconds["psa"], seconds["plain"], strict=True)]
         rows.append(
             {
@@ -98,7 +100,7 @@ def measure_time(args) -> list[dict]:
                 "branches": branches,
                 "prefix": args.prefix,
                 "tokens": args.tokens,
-                "plain_seconds": statistics.median(seconds["plain"]),
+                "plain_cpu_seconds": statistics.median(seconds["plain"]),
                 "ratio": statistics.median(ratios),
                 "ratio_low": min(ratios),
                 "ratio_high": max(ratios),
@@ -137,6 +139,11 @@ def trained_steering(task: Chain, model, tokenizer, args) -> Steering:
 
                 train(*what, steps=steps, checkpoint=Path(folder) / f"{name}.safetensors", advance=advance, **options)
     return Steering(untrained, prior.eval().requires_grad_(False))
+
+
+def stronger_steering(steering: Steering, strength: float) -> Steering:
+    """The same latents, acting more strongly than they were trained to."""
+    return Steering(LayerSteering(steering.model, steering.acting.injection, Strength(strength)), steering.prior)
 
 
 @torch.no_grad()
@@ -192,6 +199,11 @@ def measure_diversity(args) -> list[dict]:
         "psa, trained": trained,
         "softmax, untrained": source.attach(model, "softmax"),
     }
+    for strength in args.strengths:
+        stronger = LatentSource(Strength(strength), args.seed)
+        arms[f"psa, untrained, strength {strength:g}"] = stronger.attach(model, "psa")
+        arms[f"psa, trained, strength {strength:g}"] = stronger_steering(trained, strength)
+        arms[f"softmax, untrained, strength {strength:g}"] = stronger.attach(model, "softmax")
     found = []
     for name, steering in tqdm(arms.items(), unit="arm"):
         engine = TransformersEngine(model, config, tokenizer.pad_token_id, request_seeds=True, latents=steering)
@@ -253,6 +265,9 @@ def main() -> None:
     arguments.add_argument("--warm_starts", type=Path, metavar="FOLDER", help="keeps warm-started models")
     arguments.add_argument("--questions", type=int, default=256)
     arguments.add_argument("--continuations", type=int, default=3, help="K")
+    arguments.add_argument(
+        "--strengths", type=float, nargs="*", default=[10.0], help="gamma0 of further arms, beside 1"
+    )
     arguments.add_argument("--rows", type=int, default=2048, help="worked solutions to train latents on")
     arguments.add_argument("--prior_steps", type=int, default=1500)
     arguments.add_argument("--injection_steps", type=int, default=400)

@@ -28,6 +28,8 @@ from tqdm.auto import tqdm
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of two runs would wait for one another
 
 from benchmarks import common, learning_tables
+from benchmarks.facts import FactTask
+from benchmarks.learning_methods import FIRST, METHODS, SETTINGS, Method, Setting
 from benchmarks.learning_tables import Run
 from benchmarks.tasks import TASKS, Chain
 
@@ -47,20 +49,23 @@ def planned() -> list[Run]:
         ("chain10", weights, range(2)),
         ("chain7", ["ib_once", "random", "random_once"], range(4)),
         ("chain7", weights + choice, range(8, 16)),
-        ("chain7", list(learning_tables.METHOD_NAMES), range(6)),
+        ("chain7", FIRST, range(6)),
         ("chain10", weights + choice, range(6)),
         ("chain8", weights + choice, range(6)),
         ("chain12", weights + choice, range(16)),
+        ("chain7", list(METHODS), range(2)),
+        ("sums", weights + choice, range(6)),
+        ("chain7", list(METHODS), range(6)),
     ]
     runs = [Run(task, method, seed) for task, methods, seeds in stages for seed in seeds for method in methods]
     return list(dict.fromkeys(runs))
 
 
-def execute(task: Chain, run: Run, setting: dict[str, Any], log: Path) -> list[dict[str, Any]]:
+def execute(task: FactTask, method: Method, seed: int, setting: dict[str, Any], log: Path) -> list[dict[str, Any]]:
     """A run in a process of its own, which loads the libraries once for all its runs."""
     from benchmarks import learning_run
 
-    return learning_run.run(task, run.method, run.seed, learning_run.Setting(**setting), CACHE, log)
+    return learning_run.run(task, method, seed, learning_run.Setting(**setting), CACHE, log)
 
 
 def append(results: Path, lines: list[dict[str, Any]]) -> None:
@@ -76,8 +81,14 @@ def commit() -> str:
     return head.stdout.strip() + ("" if changed.returncode == 0 else "+")
 
 
-def work(runs: list[Run], settings: dict[str, Any], args, tasks: dict[str, Chain]) -> None:
+def work(
+    runs: list[Run], settings: dict[str, Any], args, tasks: dict[str, FactTask], methods: dict[str, Method] = METHODS
+) -> None:
     """Do the runs that are missing in `args.results`, `args.workers` at a time."""
+
+    def named(run: Run) -> dict[str, Any]:
+        return {**asdict(run), **methods[run.method].labels}
+
     args.results.parent.mkdir(parents=True, exist_ok=True)
     done = learning_tables.load(args.results).complete
     left: Iterator[Run] = iter([run for run in runs if run not in done])
@@ -95,25 +106,26 @@ def work(runs: list[Run], settings: dict[str, Any], args, tasks: dict[str, Chain
                     break
                 tasks[run.task].warm_start(CACHE)  # made here where it is missing, so that workers only read it
                 started = {
-                    **asdict(run),
+                    **named(run),
                     "event": "started",
                     "commit": code,
                     "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
                 }
                 append(args.results, [{**started, **asdict(settings[run.task])}])
-                in_flight[pool.submit(execute, tasks[run.task], run, asdict(settings[run.task]), log)] = run
+                job = tasks[run.task], methods[run.method], run.seed, asdict(settings[run.task])
+                in_flight[pool.submit(execute, *job, log)] = run
             if not in_flight:
                 return
             for future in wait(in_flight, return_when=FIRST_COMPLETED).done:
                 run = in_flight.pop(future)
                 try:
-                    append(args.results, future.result())
+                    append(args.results, [{**named(run), **row} for row in future.result()])
                 except BrokenProcessPool:
                     raise
                 except Exception as error:  # one run that fails says something; the others go on
-                    append(
-                        args.results, [{**asdict(run), "event": "failed", "error": f"{type(error).__name__}: {error}"}]
-                    )
+                    failed = {"event": "failed", "error": f"{type(error).__name__}: {error}"}
+                    append(args.results, [{**named(run), **failed}])
+                    progress.write(f"{run.method}, seed {run.seed}, failed: {failed['error']}")
                 progress.update()
                 progress.set_postfix_str(f"{run.method} {run.seed}")
 
@@ -139,8 +151,6 @@ def main() -> None:
     elif args.methods:
         runs = [Run(args.task, method, seed) for seed in args.seeds for method in args.methods]
     if not args.report:
-        from benchmarks.learning_run import SETTINGS, Setting
-
         settings = {"quick": Setting(budget=6_000, learning_rate=1e-3, checkpoints=3), **SETTINGS}
         changed = {name: getattr(args, name) for name in ("learning_rate", "updates", "questions")}
         changed = {name: value for name, value in changed.items() if value is not None}

@@ -21,7 +21,17 @@ from benchmarks.learning_tables import (
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "results.md"
 IMAGES = ROOT / "docs" / "images"
-BEGIN, END = "<!-- from the rows: begin -->", "<!-- from the rows: end -->"
+
+
+def marks(part: str) -> tuple[str, str]:
+    """What stands around a part of the page that is made of rows."""
+    return f"<!-- {part}: begin -->", f"<!-- {part}: end -->"
+
+
+def put(text: str, part: str, made: str) -> str:
+    """The page with a part made anew."""
+    begin, end = marks(part)
+    return f"{text.split(begin)[0]}{begin}\n\n{made}\n{end}{text.split(end)[1]}"
 
 
 def sentence(row: dict[str, Any]) -> str:
@@ -111,6 +121,4 @@ def write(results: Results, page: Path = PAGE, images: Path = IMAGES) -> None:
     for task in results.tasks():
         if any(run.task == task for run in results.complete):
             draw(results, task, images)
-    text = page.read_text()
-    head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    page.write_text(f"{head}{BEGIN}\n\n{generated_part(results)}\n{END}{tail}")
+    page.write_text(put(page.read_text(), "from the rows", generated_part(results)))

@@ -1,14 +1,13 @@
 """One run of `benchmarks.learning`: a method, a task and a seed, with TRL's GRPOTrainer or this package's trainer.
 
 Runs of one seed start from the same weights, see the same questions in the same order and stop at the same number of
-generated tokens. The settings below are those of every method; `METHODS` has what differs.
+generated tokens. The settings below are those of every method; `learning_methods.METHODS` has what differs.
 """
 
 import contextlib
 import math
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,77 +17,31 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from benchmarks.facts import FactTask, RightSolutions, sampled_accuracy
+from benchmarks.learning_methods import Method, Setting
 from benchmarks.sampling import QuickQwen3
-from benchmarks.tasks import PLAIN, Chain, RightSolutions, sampled_accuracy
 from trl_ibtpo import IBTPOConfig, IBTPOTrainer
 
-# Shapes of trees: B0, L, K, B.
-PAPER = (4, 9, 1, 1)
-# Each step is forked once and the choice looks at no reward, so that `sampled` has the gradient of the policy.
-CONFIDENCE = {"branching": "confidence", "allow_repeated_branching": False, "ib_coef": 0.0}
-RANDOM = {"branching": "random", "allow_repeated_branching": False, "ib_coef": 0.0}
-
-
-@dataclass(frozen=True)
-class Method:
-    """Where a method differs from the settings that all share."""
-
-    group: int = 0  # completions of a question in TRL's GRPOTrainer; 0: a tree of this package
-    shape: tuple[int, int, int, int] = PAPER
-    learning_rate: float = 1.0  # factor
-    settings: dict[str, Any] | None = None
-
-
-METHODS = {
-    "grpo_8": Method(group=8),
-    "grpo_12": Method(group=12),
-    "confidence": Method(settings=CONFIDENCE),
-    "confidence_once": Method(settings={**CONFIDENCE, "shared_token_weight": "once"}),
-    "confidence_sampled": Method(settings={**CONFIDENCE, "shared_token_weight": "sampled"}),
-    "ib_no_local": Method(settings={"ib_coef": 0.0}),
-    "ibtpo": Method(settings={}),
-    "ib_once": Method(settings={"ib_coef": 0.0, "shared_token_weight": "once"}),
-    "random": Method(settings=RANDOM),
-    "random_once": Method(settings={**RANDOM, "shared_token_weight": "once"}),
-    "random_sampled": Method(settings={**RANDOM, "shared_token_weight": "sampled"}),
-    "ibtpo_lookahead_3": Method(settings={"branch_lookahead": 3}),
-    "ib_no_local_lookahead_3": Method(settings={"ib_coef": 0.0, "branch_lookahead": 3}),
-    "ibtpo_2_3_1_5": Method(shape=(2, 3, 1, 5), settings={}),
-    "ibtpo_4_3_1_4": Method(shape=(4, 3, 1, 4), settings={}),
-    "grpo_8_top_entropy": Method(group=8, settings={"top_entropy_quantile": 0.2}),
-    "confidence_top_entropy": Method(settings={**CONFIDENCE, "top_entropy_quantile": 0.2}),
-    "grpo_8_rate_0.7": Method(group=8, learning_rate=0.7),
-    "grpo_8_rate_1.4": Method(group=8, learning_rate=1.4),
+# What all trainings share: one CPU, nothing saved, nothing reported.
+PLAIN = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "dataloader_pin_memory": False,
 }
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How long and how fast a task is trained."""
-
-    budget: int  # generated tokens
-    learning_rate: float
-    questions: int = 32  # of a generation batch
-    updates: int = 2  # optimizer steps of a generation batch
-    checkpoints: int = 10
-
-
-SETTINGS = {
-    "chain7": Setting(budget=240_000, learning_rate=4e-4),
-    "chain10": Setting(budget=360_000, learning_rate=4e-4),
-    "chain8": Setting(budget=180_000, learning_rate=4e-4),
-    "chain12": Setting(budget=900_000, learning_rate=5e-4),
-}
-
+SHAPE = ("tree_initial_rollouts", "tree_levels", "tree_nodes_per_level", "tree_branches_per_node")
 GROUPS_PER_MICRO_BATCH = 8
 
 
-def make_trainer(task: Chain, method: Method, seed: int, setting: Setting, warm: Path) -> GRPOTrainer:
+def make_trainer(task: FactTask, method: Method, seed: int, setting: Setting, warm: Path) -> GRPOTrainer:
     tokenizer = AutoTokenizer.from_pretrained(warm)
     rows = task.questions(setting.budget // 100, seed)  # more than any method gets to
     micro_batches = setting.updates * math.ceil(setting.questions / setting.updates / GROUPS_PER_MICRO_BATCH)
-    b0, levels, nodes, branches = method.shape
-    group = method.group or b0 + (levels - 1) * nodes * branches
+    group = method.leaves
     arguments = {
         **PLAIN,
         "output_dir": tempfile.gettempdir(),
@@ -109,24 +62,19 @@ def make_trainer(task: Chain, method: Method, seed: int, setting: Setting, warm:
         "shuffle_dataset": False,
         "logging_steps": 1,
         "disable_tqdm": True,
-        **(method.settings or {}),
+        **method.settings,
     }
     if method.group:
         trainer_class, args = GRPOTrainer, GRPOConfig(num_generations=group, **arguments)
     else:
-        tree = {
-            "tree_initial_rollouts": b0,
-            "tree_levels": levels,
-            "tree_nodes_per_level": nodes,
-            "tree_branches_per_node": branches,
-        }
+        tree = dict(zip(SHAPE, method.shape, strict=True))
         # The same gradient as with shared prefixes, and at this size less work for a CPU.
         trainer_class, args = IBTPOTrainer, IBTPOConfig(**{"packed_forward": False, **tree, **arguments})
     trainer = trainer_class(
         model=QuickQwen3.from_pretrained(warm, dtype=torch.float32),
         reward_funcs=task.reward,
         args=args,
-        train_dataset=Dataset.from_list([{name: row[name] for name in ("prompt", "solution")} for row in rows]),
+        train_dataset=Dataset.from_list([{name: row[name] for name in ("prompt", *task.COLUMNS)} for row in rows]),
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
@@ -138,7 +86,7 @@ class Checkpoints(TrainerCallback):
 
     LOGGED = ("entropy", "tree/effective_rate", "ib/covariance", "ib/confidence", "grad_norm")
 
-    def __init__(self, task: Chain, method: Method, setting: Setting, trainer: GRPOTrainer):
+    def __init__(self, task: FactTask, method: Method, setting: Setting, trainer: GRPOTrainer):
         self._evaluation = RightSolutions(task, trainer.processing_class)
         self._method, self._setting, self._trainer = method, setting, trainer
         self._prompt_tokens = len(trainer.processing_class.encode(task.questions(1, 0)[0]["prompt"]))
@@ -161,7 +109,7 @@ class Checkpoints(TrainerCallback):
         generated = row_tokens - questions * group * self._prompt_tokens
         if not self._method.group:
             generated = round(logs["tree/generated_tokens"] * questions)
-        shared = row_tokens if self._method.group else generated + questions * self._prompt_tokens
+        shared = generated + questions * self._prompt_tokens if self._method.shares_prefixes else row_tokens
         spent = {"generated_tokens": generated, "row_tokens": row_tokens, "trained_tokens": shared}
         self._spent = {name: self._spent[name] + spent[name] for name in spent}
         if self._method.group:
@@ -191,11 +139,10 @@ class Checkpoints(TrainerCallback):
 
 
 def run(
-    task: Chain, method_name: str, seed: int, setting: Setting, cache: Path, log: Path | None = None
+    task: FactTask, method: Method, seed: int, setting: Setting, cache: Path, log: Path | None = None
 ) -> list[dict]:
     """Train, and return a flat row for each checkpoint; the run's `final` and `area` are in all of them."""
     torch.set_num_threads(1)
-    method = METHODS[method_name]
     with contextlib.ExitStack() as stack:
         if log is not None:
             stream = stack.enter_context(log.open("a"))
@@ -208,8 +155,7 @@ def run(
         sampled, _ = sampled_accuracy(task, trainer.model, trainer.processing_class)
     rows = checkpoints.rows
     summary = {"final": final(rows, setting.budget), "area": area(rows, setting.budget), "sampled_accuracy": sampled}
-    named = {"task": task.name, "method": method_name, "seed": seed}
-    return [{**named, **row, **summary} for row in rows]
+    return [{**row, **summary} for row in rows]
 
 
 def curve(rows: list[dict], at: np.ndarray, over: str = "generated_tokens") -> np.ndarray:

@@ -15,29 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.estimates import Estimate, holm
-
-# What each method is called where people read it.
-METHOD_NAMES = {
-    "grpo_8": "GRPO, G = 8",
-    "grpo_12": "GRPO, G = 12",
-    "confidence": "confidence tree, `per_trajectory`",
-    "confidence_once": "confidence tree, `once`",
-    "confidence_sampled": "confidence tree, `sampled`",
-    "ib_no_local": "IB tree, `ib_coef` 0",
-    "ibtpo": "IB-TPO as published",
-    "ib_once": "IB tree, `ib_coef` 0, `once`",
-    "random": "random tree, `per_trajectory`",
-    "random_once": "random tree, `once`",
-    "random_sampled": "random tree, `sampled`",
-    "ibtpo_lookahead_3": "IB-TPO, lookahead 3",
-    "ib_no_local_lookahead_3": "IB tree, `ib_coef` 0, lookahead 3",
-    "ibtpo_2_3_1_5": "IB-TPO, shape (2, 3, 1, 5)",
-    "ibtpo_4_3_1_4": "IB-TPO, shape (4, 3, 1, 4)",
-    "grpo_8_top_entropy": "GRPO, G = 8, the 20% most uncertain tokens",
-    "confidence_top_entropy": "confidence tree, the 20% most uncertain tokens",
-    "grpo_8_rate_0.7": "GRPO, G = 8, 0.7 times the learning rate",
-    "grpo_8_rate_1.4": "GRPO, G = 8, 1.4 times the learning rate",
-}
+from benchmarks.learning_methods import METHODS
 
 # The family of claims of a task: what is asked, and the two methods whose difference answers it.
 CLAIMS = [
@@ -53,7 +31,7 @@ CLAIMS = [
 ]
 
 # Those of them that the claims are about; the others are controls and variants.
-MAIN = [name for name in METHOD_NAMES if any(name in claim[1:] for claim in CLAIMS)]
+MAIN = [name for name in METHODS if any(name in claim[1:] for claim in CLAIMS)]
 # What is logged while a method trains, beside what its model can do.
 DYNAMICS = {"entropy": "entropy", "effective_rate": "effective rate", "covariance": "covariance"}
 
@@ -78,7 +56,7 @@ class Results:
 
     def methods(self, task: str) -> list[str]:
         there = {run.method for run in self.started if run.task == task}
-        return [name for name in METHOD_NAMES if name in there] + sorted(there - set(METHOD_NAMES))
+        return [name for name in METHODS if name in there] + sorted(there - set(METHODS))
 
     def runs(self, task: str, method: str) -> list[list[dict[str, Any]]]:
         """The rows of each complete run."""
@@ -165,7 +143,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def name_of(method: str) -> str:
-    return METHOD_NAMES.get(method, method)
+    return METHODS[method].name if method in METHODS else method
 
 
 def method_table(results: Results, task: str) -> str:

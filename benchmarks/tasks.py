@@ -1,86 +1,50 @@
-"""Tasks on which a small model learns for real, and the models that start on them.
+"""The tasks of `benchmarks.learning`: chains of modular arithmetic, and sums by columns from `reasoning_gym`.
 
-A question is a first number and a chain of operations, in arithmetic modulo a prime: `n5 s1 + n3 s2 * n4`. An answer
-works through it, one labelled step after the other, with blank lines between them: `s1 n5 + n3 n8`, `s2 n8 * n4 n32`.
-The label and the operation can be looked up in the question; the result is a *fact*, which the model has to know.
+**Chains.** A question is a first number and a chain of operations, in arithmetic modulo a prime: `n5 s1 + n3 s2 * n4`.
+An answer works through it, one labelled step after the other, with blank lines between them: `s1 n5 + n3 n8`, `s2 n8 *
+n4 n32`. The label and the operation can be looked up in the question; the result is a fact. A mistake changes the
+facts of all steps after it.
 
-The solutions that the model starts from know their facts with different reliability: most are nearly always right,
-some now and then, some seldom. A mistake is one of two results that go with the fact, and is carried on. So what
-reinforcement learning has to find out is which of the model's habits are right.
+**Columns.** A question is a sum or difference of two numbers, written column by column from the right: `c1 7 - 9 c2 4
+- 1`. An answer goes through the columns, with the digit and the carry of each: `c1 7 - 9 k0 8 k1`, `c2 4 - 1 k1 2 k0`.
+A mistake changes the next column at most, so steps are nearly independent.
 """
 
-import hashlib
-import json
-import math
-import random
-from dataclasses import asdict, dataclass
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
+from random import Random
+from typing import Any
 
-import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from tqdm.auto import tqdm
-from transformers import (
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    get_cosine_schedule_with_warmup,
-    set_seed,
-)
+import reasoning_gym
 
-from benchmarks.sampling import QuickQwen3
+from benchmarks.facts import FactTask
 
-# Share of the facts, and the range from which their probability of being right is drawn.
-RELIABILITY = [(0.6, (0.98, 0.98)), (0.3, (0.4, 0.8)), (0.1, (0.03, 0.2))]
 OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
-
-# What all trainings share: one CPU, nothing saved, nothing reported.
-PLAIN = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "dataloader_pin_memory": False,
-}
 
 
 @dataclass(frozen=True)
-class Chain:
-    """A task and the warm start on it; every field is part of the warm start's name in the cache."""
+class Chain(FactTask):
+    """Arithmetic modulo a prime, step after step."""
 
-    name: str
+    _: KW_ONLY
     steps: int
     modulus: int
-    warm_steps: tuple[int, ...] = (1200, 600)  # optimizer steps of each cycle of the learning rate
-    warm_rows: int = 48  # worked solutions of an optimizer step of the warm start
-    warm_learning_rate: float = 3e-3
-    hidden: int = 64
-    layers: int = 2
-    seed: int = 0  # of the facts and the warm start
-    base: "Chain | None" = None  # whose warm start is where this one begins, with its tokenizer and its facts
-
-    # ----- questions and answers -------------------------------------------------------------------------------------
-
-    @cached_property
-    def facts(self) -> dict[tuple[int, str, int], tuple[float, list[int]]]:
-        """Of each `(a, op, b)`: the probability that the warm start's data has it right, and the wrong results."""
-        rng, facts = random.Random(self.seed), {}
-        shares, ranges = zip(*RELIABILITY, strict=True)
-        for a in range(self.modulus):
-            for op in OPERATIONS:
-                for b in range(1, self.modulus):
-                    (low, high) = rng.choices(ranges, shares)[0]
-                    wrong = [value for value in range(self.modulus) if value != self.result(a, op, b)]
-                    facts[a, op, b] = rng.uniform(low, high), rng.sample(wrong, 2)
-        return facts
 
     def result(self, a: int, op: str, b: int) -> int:
         return OPERATIONS[op](a, b) % self.modulus
 
-    def questions(self, count: int, seed: int) -> list[dict]:
-        """Rows of `prompt`, `solution` (the right one) and `operations`; the same for the same seed."""
-        rng, rows = random.Random(f"{self.name} {seed}"), []
+    def all_facts(self) -> Iterator[tuple[tuple[int, str, int], int, list[int]]]:
+        for a in range(self.modulus):
+            for op in OPERATIONS:
+                for b in range(1, self.modulus):
+                    yield (a, op, b), self.result(a, op, b), list(range(self.modulus))
+
+    def words(self) -> list[str]:
+        labels = [f"s{number}" for number in range(1, self.steps + 1)]
+        return [*OPERATIONS, *labels, *(f"n{value}" for value in range(self.modulus))]
+
+    def questions(self, count: int, seed: int) -> list[dict[str, Any]]:
+        rng, rows = Random(f"{self.name} {seed}"), []
         for _ in range(count):
             first = rng.randrange(self.modulus)
             operations = [(rng.choice(list(OPERATIONS)), rng.randrange(1, self.modulus)) for _ in range(self.steps)]
@@ -89,15 +53,10 @@ class Chain:
             rows.append({**row, "solution": self.solution(row)})
         return rows
 
-    def solution(self, row: dict, rng: random.Random | None = None) -> str:
-        """The right solution; with `rng`, one from the warm start's data."""
+    def solution(self, row: dict[str, Any], rng: Random | None = None) -> str:
         value, lines = row["first"], []
         for number, (op, b) in enumerate(row["operations"], 1):
-            right = self.result(value, op, b)
-            outcome = right
-            if rng is not None:
-                reliability, wrong = self.facts[value, op, b]
-                outcome = right if rng.random() < reliability else rng.choice(wrong)
+            outcome = self.recalled((value, op, b), self.result(value, op, b), rng)
             lines.append(f"s{number} n{value} {op} n{b} n{outcome}")
             value = outcome
         return " \n\n ".join(lines)
@@ -106,135 +65,100 @@ class Chain:
         """1 where every step is right, as a proof checker would have it; a wrong chain may not end well by luck."""
         return [float(text.split() == right.split()) for text, right in zip(completions, solution, strict=True)]
 
-    # ----- the model -------------------------------------------------------------------------------------------------
-
     @property
     def max_completion_length(self) -> int:
         return 6 * self.steps + 4  # a solution is six tokens a step, the stop token in place of the last blank line
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """A token for each word, and one for a blank line."""
-        words = ["<pad>", "<eos>", "\n\n", ":", *OPERATIONS]
-        words += [f"s{number}" for number in range(1, self.steps + 1)] + [f"n{value}" for value in range(self.modulus)]
-        tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}))
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n\n|\S+"), "removed", invert=True)
-        return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
-        )
 
-    def model(self, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-        """A Qwen3 with random weights: 0.11 million parameters with the default sizes."""
-        config = Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=self.hidden,
-            intermediate_size=3 * self.hidden,
-            num_hidden_layers=self.layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            head_dim=self.hidden // 4,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            initializer_range=0.05,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        return Qwen3ForCausalLM(config)
+@dataclass(frozen=True)
+class Columns(FactTask):
+    """`chain_sum` of `reasoning_gym` with two numbers of as many digits, on paper."""
 
-    def warm_start(self, cache: Path) -> Path:
-        """A folder with a model that was trained on worked solutions, and its tokenizer; made where it is missing."""
-        settings = {**asdict(self), "reliability": RELIABILITY}
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-        folder = cache / f"{self.name}-{digest}"
-        if (folder / "settings.json").exists():
-            return folder
-        set_seed(self.seed)
-        if self.base is None:
-            tokenizer = self.tokenizer()
-            model = self.model(tokenizer)
-        else:
-            begun = self.base.warm_start(cache)
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(begun)
-            model = Qwen3ForCausalLM.from_pretrained(begun, dtype=torch.float32)
-        for cycle in range(len(self.warm_steps)):
-            self.train_cycle(model, tokenizer, cycle)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        (folder / "settings.json").write_text(json.dumps(settings, indent=1))  # last: the folder is whole
-        return folder
+    _: KW_ONLY
+    digits: int
 
-    def train_cycle(self, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, cycle: int) -> None:
-        """One cycle of the learning rate on worked solutions, none of which is seen twice."""
-        rng, steps = random.Random(f"warm {self.seed + cycle}"), self.warm_steps[cycle]
-        rows = self.questions(steps * self.warm_rows, seed=-1 - 10 * cycle)
-        solutions = [f"{row['prompt']} {self.solution(row, rng)} <eos>" for row in rows]
-        ids = torch.tensor(tokenizer(solutions)["input_ids"])  # all of one length
-        prompt = len(tokenizer.encode(rows[0]["prompt"]))
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=self.warm_learning_rate, betas=(0.9, 0.99), weight_decay=0.0
+    COLUMNS = ("solution", "answer")
+
+    @staticmethod
+    def result(op: str, a: int, b: int, carry: int) -> tuple[int, int]:
+        """Digit and carry of a column."""
+        value = a + b + carry if op == "+" else a - b - carry
+        return value % 10, int(not 0 <= value < 10)
+
+    def all_facts(self) -> Iterator[tuple[tuple, tuple[int, int], list[tuple[int, int]]]]:
+        possible = [(digit, carry) for digit in range(10) for carry in range(2)]
+        for op in "+-":
+            for a in range(10):
+                for b in range(10):
+                    for carry in range(2):
+                        yield (op, a, b, carry), self.result(op, a, b, carry), possible
+
+    def words(self) -> list[str]:
+        return [*"+-", *map(str, range(10)), "k0", "k1", *(f"c{column}" for column in range(1, self.digits + 1))]
+
+    def questions(self, count: int, seed: int) -> list[dict[str, Any]]:
+        # The library's questions of neighbouring seeds are the same ones, shifted by one, and -2 is to it what 2 is.
+        source = reasoning_gym.create_dataset(
+            "chain_sum",
+            seed=(seed + 1000) * 1_000_000,
+            size=count,
+            min_terms=2,
+            max_terms=2,
+            min_digits=self.digits,
+            max_digits=self.digits,
         )
-        schedule = get_cosine_schedule_with_warmup(optimizer, min(50, steps // 4), steps)
-        with tqdm(ids.split(self.warm_rows), desc=f"Warm start of '{self.name}'", unit="step") as progress:
-            for batch in progress:
-                logits = model(input_ids=batch).logits[:, prompt - 1 : -1]
-                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, prompt:].flatten())
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-                progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        rows = []
+        for entry in source:
+            first, op, second = entry["metadata"]["expression"].split()
+            columns = [(int(a), op, int(b)) for a, b in zip(reversed(first), reversed(second), strict=True)]
+            written = " ".join(f"c{number} {a} {op} {b}" for number, (a, op, b) in enumerate(columns, 1))
+            row = {"prompt": f"{written} :", "answer": entry["answer"], "columns": columns}
+            rows.append({**row, "solution": self.solution(row)})
+        return rows
+
+    def solution(self, row: dict[str, Any], rng: Random | None = None) -> str:
+        carry, lines = 0, []
+        for number, (a, op, b) in enumerate(row["columns"], 1):
+            digit, after = self.recalled((op, a, b, carry), self.result(op, a, b, carry), rng)
+            lines.append(f"c{number} {a} {op} {b} k{carry} {digit} k{after}")
+            carry = after
+        return " \n\n ".join(lines)
+
+    def answer(self, completion: str) -> str:
+        """The number that is read off the columns; empty where they are not what they should be."""
+        lines = [line.split() for line in completion.split("\n\n")]
+        if len(lines) != self.digits or any(len(line) != 7 for line in lines):
+            return ""
+        digits, carry, op = "".join(line[5] for line in reversed(lines)), lines[-1][6], lines[-1][2]
+        if not (digits.isdecimal() and len(digits) == self.digits and carry in ("k0", "k1") and op in "+-"):
+            return ""
+        beyond = int(carry[1]) * 10**self.digits
+        return str(int(digits) + beyond if op == "+" else int(digits) - beyond)
+
+    def reward(self, completions: list[str], solution: list[str], answer: list[str], **kwargs) -> list[float]:
+        """1 where the library scores the answer as right, in full, and every column shows how it came about.
+
+        For the answer alone a policy learns to write right digits behind wrong columns.
+        """
+        scorer = reasoning_gym.create_dataset("chain_sum", size=1)
+        return [
+            float(text.split() == work.split() and scorer.score_answer(self.answer(text), {"answer": right}) == 1)
+            for text, work, right in zip(completions, solution, answer, strict=True)
+        ]
+
+    @property
+    def max_completion_length(self) -> int:
+        return 8 * self.digits + 4
 
 
 CHAIN10 = Chain("chain10", steps=10, modulus=23)
-TASKS = {
+TASKS: dict[str, FactTask] = {
     task.name: task
     for task in (
         Chain("chain7", steps=7, modulus=23, warm_steps=(250,), warm_learning_rate=1e-3, base=CHAIN10),
         CHAIN10,
         Chain("chain8", steps=8, modulus=17),
         Chain("chain12", steps=12, modulus=37, warm_steps=(1200,), hidden=96, layers=3),
+        Columns("sums", digits=7),
     )
 }
-
-
-class RightSolutions:
-    """How probable the right solutions of held-out questions are, computed and not sampled.
-
-    The sum over questions of the probability that the model samples the right solution, token by token, is the
-    expected number of right solutions: accuracy at temperature 1 with infinitely many samples a question. It has no
-    sampling noise and costs one forward pass.
-    """
-
-    def __init__(self, task: Chain, tokenizer: PreTrainedTokenizerFast, count: int = 256, seed: int = -2):
-        rows = task.questions(count, seed)
-        prompts = [tokenizer.encode(row["prompt"]) for row in rows]
-        solutions = [[*tokenizer.encode(row["solution"]), tokenizer.eos_token_id] for row in rows]
-        self._prompt_length = len(prompts[0])  # all questions of a task are as long
-        self._ids = torch.tensor([prompt + solution for prompt, solution in zip(prompts, solutions, strict=True)])
-
-    @torch.no_grad()
-    def probability(self, model: Qwen3ForCausalLM, batch: int = 64) -> float:
-        training, total = model.training, 0.0
-        model.eval()
-        for ids in self._ids.split(batch):
-            kept = ids.shape[1] - self._prompt_length + 1
-            logits = model(input_ids=ids, logits_to_keep=kept).logits[:, :-1]
-            chosen = ids[:, self._prompt_length :, None]
-            total += logits.log_softmax(-1).gather(2, chosen).sum((1, 2)).exp().sum().item()
-        model.train(training)
-        return total / len(self._ids)
-
-
-def sampled_accuracy(
-    task: Chain, model: QuickQwen3, tokenizer, count: int = 512, seed: int = -2
-) -> tuple[float, float]:
-    """Share of held-out questions whose sampled answer is right, as the reward counts it, and its standard error."""
-    rows = task.questions(count, seed)
-    ids = torch.tensor([tokenizer.encode(row["prompt"]) for row in rows])
-    model.eval()
-    sampled = model.generate(ids, max_new_tokens=task.max_completion_length)
-    texts = tokenizer.batch_decode(sampled[:, ids.shape[1] :], skip_special_tokens=True)
-    rewards = task.reward(texts, [row["solution"] for row in rows])
-    accuracy = sum(rewards) / count
-    return accuracy, math.sqrt(accuracy * (1 - accuracy) / count)

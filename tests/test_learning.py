@@ -1,14 +1,18 @@
 """The comparison of learning: its tables are recomputed by a second reader, and its runs repeat."""
 
+import hashlib
 import json
+import math
+import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks import estimates, learning, learning_pictures, learning_report, learning_tables
+from benchmarks import estimates, learning, learning_pictures, learning_report, learning_tables, sensitivity
 from benchmarks.estimates import Estimate, holm
+from benchmarks.learning_methods import FIRST, METHODS, Setting
 from benchmarks.learning_tables import Run
 
 # Of Student's distribution, from printed tables: 97.5% points by degrees of freedom.
@@ -127,7 +131,7 @@ def test_a_second_reader_finds_the_same_in_the_tables_of_the_page(results_file):
         price = learning_report.price(results, task)
         base = last_rows(results_file, task, "grpo_8")
         for method in results.methods(task):
-            name = learning_tables.METHOD_NAMES[method]
+            name = learning_tables.name_of(method)
             last, first = last_rows(results_file, task, method), last_rows(results_file, task, method, 0)
             _, final, area, apart, pairs, trained, seconds = table[name]
             if not last:
@@ -218,11 +222,83 @@ def test_one_pair_is_no_interval():
     assert "one seed" in alone.text() and learning_tables.verdict(alone, alone.p) == "not known"
 
 
-def test_the_page_is_made_of_the_rows(tmp_path):
+@pytest.mark.parametrize(
+    "part, made",
+    [
+        ("from the rows", lambda: learning_report.generated_part(learning_tables.load(learning.RESULTS))),
+        ("sensitivity", lambda: sensitivity.section(learning_tables.load(sensitivity.RESULTS))),
+    ],
+)
+def test_the_page_is_made_of_the_rows(part, made):
     """Stale tables or sentences on the page would say something that the rows do not."""
+    begin, end = learning_report.marks(part)
     page = learning_report.PAGE.read_text()
-    between = page.split(learning_report.BEGIN)[1].split(learning_report.END)[0]
-    assert between.strip() == learning_report.generated_part(learning_tables.load(learning.RESULTS)).strip()
+    assert page.split(begin)[1].split(end)[0].strip() == made().strip()
+    assert learning_report.put(page, part, made()) == page
+
+
+def sensitivity_file(path: Path) -> Path:
+    lines = []
+    for name, method in sensitivity.variants().items():
+        for seed in range(3):
+            named = {"task": "chain7", "method": name, **method.labels, "seed": seed}
+            lines.append({**named, "event": "started"})
+            final = 0.2 + 0.01 * seed + 0.001 * ((7 * len(name) + seed) % 11)
+            lines.append({**named, "generated_tokens": 100, "final": final, "area": final / 2})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_a_second_reader_finds_the_same_settings(real, tmp_path):
+    """By `setting` and `value` of the lines, where the tables go by the names of runs."""
+    file = sensitivity.RESULTS if real else sensitivity_file(tmp_path / "rows.jsonl")
+    results = learning_tables.load(file)
+
+    def found(setting: str, value: str, key: str) -> dict[int, float]:
+        by_seed = {}
+        for row in rows(file) if file.exists() else []:
+            if (row["setting"], str(row["value"])) == (setting, value):
+                by_seed = {**by_seed, row["seed"]: row.get(key)}
+        return {seed: value for seed, value in by_seed.items() if value is not None}
+
+    published, checked = {"ib_beta": "5.0", "ib_coef": "0.1", "step_noise": "0.0", "temperature": "1.0"}, 0
+    published["shape"] = "(4, 9, 1, 1)"
+    table = [line.strip("| ").split(" | ") for line in sensitivity.table(results, "chain7").splitlines()[2:]]
+    base = {}
+    for setting, value, count, *shown in table:
+        setting = "shape" if setting.startswith("shape") else setting.strip("`")
+        value = value.replace("infinite", "inf")
+        is_published = published.get(setting) == value
+        place = ("published", "published") if is_published else (setting, value)
+        first = setting not in base
+        base.setdefault(setting, place)
+        for number, key in enumerate(("final", "area")):
+            ours, theirs = found(*place, key), found(*base[setting], key)
+            assert int(count) == len(ours)
+            if len(ours) > 1:
+                assert numbers(shown[number]) == pytest.approx(interval(ours.values()), abs=0.06)
+            pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+            assert first == (shown[2 + number] == "-")
+            if len(pairs) > 1 and not first:
+                assert numbers(shown[2 + number]) == pytest.approx(interval(pairs), abs=0.06)
+                checked += 1
+        if not real:
+            same = [
+                row
+                for row in sensitivity.rows(results, "chain7")
+                if (row["setting"], row["value"]) == (setting, value)
+            ]
+            assert {row["seed"]: row["final"] for row in same} == found(*place, "final")
+    assert real or checked == 2 * (len(table) - len(base))
+    assert {*base} == {"ib_beta", "ib_coef", "step_noise", "temperature", "shape", "sibling_kappa"}
+
+
+def test_settings_differ_from_the_published_ones_in_one_thing():
+    for name, method in sensitivity.variants().items():
+        assert method.leaves == 12
+        changed = {key: value for key, value in method.settings.items() if (key, value) != ("advantage", "sibling")}
+        assert len(changed) + (method.shape != (4, 9, 1, 1)) == (name != "published")
 
 
 def test_the_plan_names_the_runs_that_are_planned():
@@ -231,14 +307,72 @@ def test_the_plan_names_the_runs_that_are_planned():
         assert f"`{method}`" in plan
 
 
+def test_a_plan_that_has_begun_keeps_its_order():
+    """What is added comes later, so that what is done is a prefix of the same comparison."""
+    stage = ("chain7", ["grpo_8", "confidence", "confidence_once", "confidence_sampled"], range(4))
+    weights = [Run(stage[0], method, seed) for seed in stage[2] for method in stage[1]]
+    begun = learning.planned()[:380]
+    assert begun[:16] == weights
+    digest = hashlib.sha256(repr([(run.task, run.method, run.seed) for run in begun]).encode()).hexdigest()
+    assert digest.startswith("d8fb2ed080a734d3")
+    assert {run.method for run in begun} == set(FIRST)
+
+
+@pytest.fixture(scope="module")
+def quick_start(tmp_path_factory):
+    task = replace(learning.QUICK, warm_steps=(2,), warm_rows=4)
+    return task, task.warm_start(tmp_path_factory.mktemp("warm"))
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in FIRST])
+def test_every_method_trains_on_a_batch(name, quick_start):
+    from benchmarks.learning_run import make_trainer
+
+    (task, warm), method = quick_start, METHODS[name]
+    setting = Setting(budget=400, learning_rate=1e-3, questions=4, updates=1)
+    trainer = make_trainer(task, method, 0, setting, warm)
+    trainer.args.max_steps = 1
+    seen = []
+
+    def reward(completions, **kwargs):
+        seen.extend(completions)
+        return [float(place % 2) for place in range(len(seen) - len(completions), len(seen))]
+
+    trainer.reward_funcs[0] = reward
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    trainer.train()
+    assert len(seen) == 4 * method.leaves
+    assert method.leaves == method.group or method.leaves in (8, 12)
+    assert any(not value.equal(before[key]) for key, value in trainer.model.state_dict().items())
+    logs = trainer.state.log_history[0]
+    assert math.isfinite(logs["loss"]) and logs["grad_norm"] > 0
+    assert ("tree/generated_tokens" in logs) == (not method.group)
+
+
+@pytest.mark.parametrize(
+    "name, called",
+    {
+        **{"treerl": "TreeRL", "treepo": "TreePO", "deep_grpo": "DEEP-GRPO", "tree_grpo": "Tree-GRPO"},
+        **{"spo": "SPO-tree", "grpo_ibro": "IBRO", "independent_8": "GRPO"},
+    }.items(),
+)
+def test_methods_of_other_papers_have_the_settings_of_the_documentation(name, called):
+    page = (learning_report.ROOT / "docs" / "methods.md").read_text()
+    (recipe,) = re.findall(rf"^\| {called} \| `(\{{.*\}})` \|$", page, re.MULTILINE)
+    # A tree of another size, steps where the task has them, and no text that could mark an answer.
+    scaled = re.compile("tree_|step_|answer_marker")
+    settings = {key: value for key, value in json.loads(recipe).items() if not scaled.match(key)}
+    assert METHODS[name].settings == settings
+
+
 def test_the_same_seed_gives_the_same_run(tmp_path):
-    from benchmarks.learning_run import Setting, run
+    from benchmarks.learning_run import run
 
     task = replace(learning.QUICK, warm_steps=(10,), warm_rows=8)
     setting = Setting(budget=1_000, learning_rate=1e-3, questions=8, checkpoints=2)
 
     def repeated(method: str, seed: int) -> list[dict]:
-        found = run(task, method, seed, setting, tmp_path, tmp_path / "log")
+        found = run(task, METHODS[method], seed, setting, tmp_path, tmp_path / "log")
         return [{key: value for key, value in row.items() if "seconds" not in key} for row in found]
 
     once = repeated("grpo_8", 0)
@@ -246,6 +380,32 @@ def test_the_same_seed_gives_the_same_run(tmp_path):
     assert [row["entropy"] for row in repeated("grpo_8", 1)[1:]] != [row["entropy"] for row in once[1:]]
     assert once[-1]["generated_tokens"] >= setting.budget > once[-2]["generated_tokens"]
     assert repeated("confidence_once", 0) == repeated("confidence_once", 0)
+
+
+def test_columns_are_read_as_the_library_reads_numbers():
+    from benchmarks.tasks import Columns
+
+    task = Columns("sums", digits=3)
+    rows = task.questions(400, seed=-2)
+    for row in rows:
+        first, op, second = (
+            int("".join(str(column[place]) for column in row["columns"][::-1])) if place != 1 else row["columns"][0][1]
+            for place in range(3)
+        )
+        assert int(row["answer"]) == (first + second if op == "+" else first - second)
+    right, answers = [row["solution"] for row in rows], [row["answer"] for row in rows]
+    assert task.reward(right, solution=right, answer=answers) == [1.0] * len(rows)
+    assert sum(task.reward(right, solution=right, answer=answers[1:] + answers[:1])) < 5
+    assert any(answer.startswith("-") for answer in answers) and any(len(answer) == 4 for answer in answers)
+    assert not {row["prompt"] for row in rows} & {row["prompt"] for row in task.questions(400, seed=2)}
+
+    by_hand = "c1 7 + 5 k0 2 k1 \n\n c2 4 + 1 k1 6 k0 \n\n c3 9 + 3 k0 2 k1"  # 947 + 315
+    assert task.answer(by_hand) == "1262"
+    assert task.answer("c1 7 - 9 k0 8 k1 \n\n c2 4 - 1 k1 2 k0 \n\n c3 1 - 3 k0 8 k1") == "-172"  # 147 - 319
+    for wrong in ("", by_hand[:-1], by_hand + " \n\n c4", by_hand.replace("k1", "1"), by_hand.replace(" 6 ", " k0 ")):
+        assert task.answer(wrong) == "" and task.reward([wrong], solution=[by_hand], answer=["1262"]) == [0.0]
+    lucky = by_hand.replace("c2 4 + 1", "c2 3 + 2")
+    assert task.answer(lucky) == "1262" and task.reward([lucky], solution=[by_hand], answer=["1262"]) == [0.0]
 
 
 def test_quick_sampling_computes_what_the_model_computes():

@@ -134,7 +134,7 @@ class Steering:
     def __init__(self, acting: LayerSteering | LogitSteering, prior: Prior | None):
         self.acting = acting
         self.model: PreTrainedModel = acting.model
-        self._prior = prior
+        self.prior = prior
 
     @contextmanager
     def steer(self, requests: Sequence[RolloutRequest], padding: Sequence[int]) -> Iterator[list[Any]]:
@@ -181,7 +181,7 @@ class Steering:
         self.acting.injection.to(device)
         dimension = next(len(request.latent) for request in requests if request.latent is not None)
         noise = torch.tensor([request.latent or [0.0] * dimension for request in requests], device=device)
-        if self._prior is None:
+        if self.prior is None:
             return noise
         rows = [row for row, request in enumerate(requests) if request.latent is not None]
         conditions = [tuple(requests[row].prefix_ids[: requests[row].fork]) for row in rows]
@@ -194,7 +194,7 @@ class Steering:
             )
         ]
         embedding = dict(zip(distinct, embeddings, strict=True))
-        given = self._prior.to(device).given(torch.stack([embedding[ids] for ids in conditions]))
+        given = self.prior.to(device).given(torch.stack([embedding[ids] for ids in conditions]))
         latents = torch.zeros_like(noise)
         latents[rows] = given.draw(noise[rows])
         return latents
