@@ -12,6 +12,8 @@ from benchmarks.learning_tables import DYNAMICS, MAIN, Results, claims, differen
 
 COSTS = {"generated_tokens": "generated tokens", "trained_tokens": "trained tokens", "cpu_seconds": "CPU seconds"}
 DPI = 110
+# Where TRL's trainer logs no covariance, the same training in this package does.
+DRAWN = [*MAIN, "independent_8"]
 
 
 def plain(text: str) -> str:
@@ -33,16 +35,15 @@ def mean_curve(runs: Sequence[list[dict]], over: str, key: str) -> tuple[np.ndar
 def _panels(results: Results, task: str, panels: Sequence[tuple[str, str]], path: Path, title: str) -> Figure:
     """A panel for each pair of what is drawn and over which cost, with one legend of all methods below."""
     figure = Figure(figsize=(13, 4.6), layout="constrained")
-    methods = [name for name in results.methods(task) if name in MAIN and results.runs(task, name)]
     lines, same = {}, len({key for key, _ in panels}) == 1
     for axis, (key, over) in zip(figure.subplots(1, len(panels), sharey=same), panels, strict=True):
-        for method in methods:
+        for method in MAIN if same else DRAWN:
             runs = results.runs(task, method)
             found = mean_curve(runs, over, key)
             if found is None:
                 continue
             at, estimates = found
-            color, label = f"C{MAIN.index(method)}", f"{plain(name_of(method))} ({len(runs)})"
+            color, label = f"C{DRAWN.index(method)}", f"{plain(name_of(method))} ({len(runs)})"
             (lines[label],) = axis.plot(at, [each.mean for each in estimates], color=color)
             if len(runs) > 2:
                 low, high = ([getattr(each, end) for each in estimates] for end in ("low", "high"))

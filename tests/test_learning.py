@@ -30,7 +30,7 @@ def small_file(path: Path) -> Path:
     finals = {("grpo_8", 0): 0.5, ("grpo_8", 1): 0.4, ("grpo_8", 2): 0.45, ("grpo_8", 3): 0.6}
     finals |= {("ibtpo", 0): 0.55, ("ibtpo", 1): 0.52, ("ibtpo", 2): 0.47}
     finals |= {("confidence_once", 1): 0.52, ("confidence_once", 2): 0.47, ("random_once", 0): 0.3}
-    finals |= {("random_once", 1): 0.33}
+    finals |= {("random_once", 1): 0.33, ("independent_8", 0): 0.5}
     for (method, seed), final in finals.items():
         named = {"task": "chain7", "method": method, "seed": seed}
         started = {**named, "event": "started"}
@@ -179,6 +179,8 @@ def test_pictures_show_what_the_rows_say(tmp_path):
         ends = statistics.mean(second_reader(file, "chain7", method, "accuracy").values())
         curve = curves[f"C{learning_tables.MAIN.index(method)}"]
         assert (curve[0], curve[-1]) == pytest.approx((0.1, ends))
+    grpo = f"C{learning_pictures.DRAWN.index('independent_8')}"  # whose covariance TRL does not log
+    assert grpo in {line.get_color() for line in figures["dynamics_chain7"].axes[0].lines} and grpo not in curves
     final, area = (line for line in figures["others_chain7"].axes[0].lines if len(line.get_xdata()) == 1)
     pairs = [0.3 - 0.5, 0.33 - 0.4]
     assert (final.get_xdata()[0], area.get_xdata()[0]) == pytest.approx((50 * sum(pairs), 25 * sum(pairs)))
