@@ -24,8 +24,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks import agents_task, common
 from benchmarks.estimates import Estimate
+from benchmarks.learning_run import PLAIN
 from benchmarks.sampling import QuickQwen3
-from benchmarks.tasks import PLAIN
 from trl_ibtpo import IBTPOConfig, IBTPOTrainer
 
 RESULTS = Path(__file__).parent / "results" / "agents.jsonl"
@@ -175,8 +175,8 @@ def main() -> None:
     arguments = common.parser(__doc__.splitlines()[0])
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     arguments.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    arguments.add_argument("--budget", type=int, default=40_000, help="generated tokens of a run")
-    arguments.add_argument("--learning-rate", type=float, default=1e-3)
+    arguments.add_argument("--budget", type=int, default=20_000, help="generated tokens of a run")
+    arguments.add_argument("--learning-rate", type=float, default=3e-4)
     arguments.add_argument("--warm-start", type=Path, default=CACHE, help="made there where it is missing")
     arguments.add_argument("--results", type=Path, default=RESULTS, help="where rows are appended")
     args = arguments.parse_args()

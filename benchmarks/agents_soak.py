@@ -214,6 +214,7 @@ class Inspection(TrainerCallback):
             time.sleep(0.01)
         self.left = {name: max(most, now) for (name, most), now in zip(self.left.items(), left, strict=True)}
         if state.global_step % self.every == 0:
+            state.log_history.clear()  # transformers keeps one entry a step
             gc.collect()
             row = {"batch": state.global_step, **self.sums}
             row |= {f"{name}_left": count for name, count in self.left.items()}

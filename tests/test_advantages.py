@@ -191,12 +191,13 @@ def test_weights_multiply_what_the_loss_gets_and_nothing_that_is_logged():
     tree = build([(0, [(0.5, 0.5), 0.5]), (0, [0.5]), (1, [(0.5, 0.5)])], [1, 0, 0])
     found = {
         kind: token_advantages(graded(tree, [2.0, -1.0, -1.0], ib_coef=0.0, shared_token_weight=kind))
-        for kind in ("per_trajectory", "once", "sampled")
+        for kind in ("per_trajectory", "once", "sampled", "first")
     }
     # A_GL of step 1: (2 - 1) / 2. Sampled: G = 3, two children at the question and at step 1.
     weighted = {
         "per_trajectory": [[0.5, 0.5, 2], [-1], [0.5, 0.5, -1, -1]],
         "once": [[0.25, 0.25, 2], [-1], [0.25, 0.25, -1, -1]],
+        "first": [[0.5, 0.5, 2], [-1], [0, 0, -1, -1]],  # the branch trains what it sampled itself
         "sampled": [[0.375, 0.375, 1.5], [-1.5], [0.375, 0.375, -0.75, -0.75]],
     }
     for kind, each in found.items():

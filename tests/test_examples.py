@@ -26,6 +26,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser
 from trl.rewards import accuracy_reward
 
 from trl_ibtpo import IBTPOConfig
+from trl_ibtpo.i2b_lpo import I2B_LPO
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 AGENT_RECIPE = EXAMPLES / "recipes" / "agent_qwen3_0.6b.yaml"
@@ -108,6 +109,20 @@ def test_math(tmp_path, model_path, math_folder):
     check_trees(log, steps=2)
     assert "rewards/accuracy_reward/mean" in log[0]
     assert changed(tmp_path, model_path)
+
+
+def test_i2b_lpo(tmp_path, model_path, math_folder):
+    log = run(
+        EXAMPLES / "ibtpo_math.py",
+        tmp_path,
+        config=EXAMPLES / "recipes" / "qwen2.5_7b_i2b_lpo.yaml",
+        model_name_or_path=model_path,
+        dataset_name=math_folder,
+        **SMALL_RECIPE,
+    )
+    assert len(log) == 2
+    assert all(float(entry["tree/filtered"]) == 4 for entry in log)  # 4 (1 + 3) are sampled, 4 (1 + 2) trained
+    assert all(float(entry["sampling/importance_sampling_ratio/max"]) > 1 for entry in log)
 
 
 def test_reasoning_gym(tmp_path, model_path):
@@ -350,8 +365,14 @@ def test_recipe(recipe, tmp_path):
     parser = TrlParser((ScriptArguments, IBTPOConfig, ModelConfig))
     script_args, args, model_args = parser.parse_args_and_config(flags)
     assert args.num_generations == 12
-    assert (args.beta, args.temperature, args.top_p, args.top_k) == (0.001, 0.7, 0.95, 20)
-    assert (args.ib_beta, args.ib_coef, args.num_train_epochs) == (5.0, 0.1, 1)
+    if args.branching == "entropy_fork":
+        constructed = IBTPOConfig.i2b_lpo(str(tmp_path), use_cpu=True, bf16=False)
+        assert {name: getattr(args, name) for name in I2B_LPO} == I2B_LPO
+        assert {name: getattr(constructed, name) for name in I2B_LPO} == I2B_LPO
+    else:
+        assert (args.beta, args.temperature, args.top_p, args.top_k) == (0.001, 0.7, 0.95, 20)
+        assert (args.ib_beta, args.ib_coef) == (5.0, 0.1)
+    assert args.num_train_epochs == 1
     assert script_args.dataset_name and model_args.model_name_or_path
     if not model_args.use_peft:
         assert (args.learning_rate, args.max_completion_length) == (1e-6, 2048)
@@ -370,4 +391,4 @@ def test_accelerate_config(path):
 
 def test_every_kind_is_there():
     assert [path.stem for path in ACCELERATE_CONFIGS] == ["deepspeed_zero2", "deepspeed_zero3", "fsdp2", "multi_gpu"]
-    assert len(RECIPES) == 4
+    assert len(RECIPES) == 5

@@ -69,12 +69,15 @@ class Engine:
     def poll(self):
         assert self.in_flight  # no empty polls
         requests = [self.in_flight.pop(request_id) for request_id in self.choose()]
-        rollouts = [
-            Rollout(request.request_id, *self._sample(request.prefix_ids, request.max_tokens, request.seed))
-            for request in requests
-        ]
+        rollouts = [self._rollout(request) for request in requests]
         self.rollouts += rollouts
         return rollouts
+
+    def _rollout(self, request):
+        token_ids, logprobs = self._sample(request.prefix_ids, request.max_tokens, request.seed)
+        rng = random.Random(request.seed)
+        entropies = [rng.random() for _ in token_ids] if request.entropies else None
+        return Rollout(request.request_id, token_ids, logprobs, entropies=entropies)
 
     def generated(self, request_id):
         """Some tokens fewer than it will have."""
@@ -158,6 +161,7 @@ SETTINGS = st.builds(
     step_confidence=st.sampled_from(["geometric_mean", "joint"]),
     max_completion_length=st.sampled_from([1, 2, 7, 40]),
     branch_lookahead=st.integers(0, 5),
+    fork_keeps_token=st.booleans(),
 )
 ANY = {"deadline": None, "database": None}
 
@@ -172,7 +176,10 @@ def test_rules_of_every_tree(growth, seed, order):
         rollouts = {rollout.request_id: rollout for rollout in engine.rollouts}
         assert growth.leaves == len(requests) == len(tree.leaves) == len(set(tree.leaves)) == len(grower.tree.success)
         more = (growth.tree_levels - 1) * growth.branches_per_round
-        if growth.branching == "surprisal":  # M (1 + L N T): each initial rollout has rounds of its own
+        if growth.branching in (
+            "surprisal",
+            "entropy_fork",
+        ):  # M (1 + L N T): each initial rollout has rounds of its own
             assert growth.leaves == growth.tree_initial_rollouts * (1 + more)
         else:
             assert growth.leaves == growth.tree_initial_rollouts + more

@@ -238,3 +238,20 @@ def test_empty_polls_and_abort(model):
     engine.submit(requests_of(PREFIXES[:1], 4))  # usable after an abort
     assert [rollout.request_id for rollout in engine.poll()] == ["request 0"]
     assert engine.poll() == []
+
+
+@pytest.mark.parametrize("request_seeds", [False, True])
+def test_entropies_are_of_the_whole_vocabulary_at_the_sampling_temperature(model, request_seeds):
+    torch.manual_seed(0)
+    engine = TransformersEngine(model, generation_config(temperature=0.7, top_k=3, top_p=0.8), PAD, request_seeds)
+    requests = [replace(request, entropies=number != 1) for number, request in enumerate(requests_of(PREFIXES, 12))]
+    engine.submit(requests)
+    for request, rollout in zip(requests, engine.poll(), strict=True):
+        if not request.entropies:
+            assert rollout.entropies is None
+            continue
+        with torch.no_grad():
+            ids = torch.tensor([request.prefix_ids + rollout.token_ids])
+            logits = model(ids).logits[0, len(request.prefix_ids) - 1 : -1].double() / 0.7
+        expected = torch.distributions.Categorical(logits=logits).entropy()
+        torch.testing.assert_close(torch.tensor(rollout.entropies).double(), expected, atol=1e-4, rtol=1e-4)

@@ -334,6 +334,56 @@ def test_every_branching_trains_three_steps(untied):
             assert (log["tree/generated_tokens"] < log["tree/trajectory_tokens"]) == (branching != "independent")
 
 
+@pytest.mark.parametrize("source", ["exact", "truncated"])
+def test_entropies_that_forks_are_chosen_by(untied, monkeypatch, source):
+    """A pass of the policy gives those of the whole vocabulary, vLLM those among its 20 likeliest tokens."""
+    monkeypatch.setattr(untied.args, "fork_entropy", source)
+    for name, value in (("branching", "entropy_fork"), ("tree_levels", 3)):
+        monkeypatch.setattr(untied.args, name, value)
+    monkeypatch.setattr(untied, "_branching", "entropy_fork")
+    monkeypatch.setattr(untied, "_strategy", make_strategy("entropy_fork"))
+    tree = untied.grow_trees([tiny.questions()[0]])[0].tree
+    assert not in_engine(untied) and len(tree.leaves) == 12
+    for leaf in range(12):
+        ids, found = tree.trajectory(leaf)[0], tree.trajectory_entropies(leaf)
+        if tree.rounds[leaf]:
+            assert np.isnan(found[tree.ends()[tree.branch_steps[leaf]] :]).all()
+            continue
+        with torch.no_grad():
+            logits = untied.model(torch.tensor([tree.prompt_ids + ids])).logits[0, len(tree.prompt_ids) - 1 : -1]
+        logits = logits.float() / untied.args.temperature
+        if source == "truncated":
+            logits = logits.topk(20).values
+        expected = torch.distributions.Categorical(logits=logits).entropy().numpy()
+        np.testing.assert_allclose(found, expected, atol=0.02)
+
+
+def test_branches_that_vllm_cannot_steer(untied, monkeypatch):
+    """Pseudo self-attention: vLLM samples the initial rollouts, and transformers the branches, with latents."""
+    for name, value in {"branching": "entropy_fork", "tree_levels": 3, "latent_mode": "psa"}.items():
+        monkeypatch.setattr(untied.args, name, value)
+    for name, value in {"_branching": "entropy_fork", "_strategy": make_strategy("entropy_fork")}.items():
+        monkeypatch.setattr(untied, name, value)
+    for name in ("_latent_source", "_steering"):
+        monkeypatch.setattr(untied, name, None)
+    untied._attach_latents()
+    tree = untied.grow_trees([tiny.questions()[0]])[0].tree
+    assert not in_engine(untied) and len(tree.leaves) == 12
+    differences = {True: [], False: []}
+    for leaf in range(12):
+        ids, logprobs = tree.trajectory(leaf)
+        with torch.no_grad():
+            logits = untied.model(torch.tensor([tree.prompt_ids + ids])).logits[0, len(tree.prompt_ids) - 1 : -1]
+        expected = torch.log_softmax(logits.float() / untied.args.temperature, -1).gather(
+            1, torch.tensor(ids)[:, None]
+        )
+        start = tree.ends()[tree.branch_steps[leaf]]
+        found = (expected[:, 0] - torch.tensor(logprobs)).abs().tolist()
+        differences[tree.rounds[leaf] > 0] += found[start:]
+    # Without a latent transformers would give what the model gives here.
+    assert np.mean(differences[False]) < 0.05 and np.max(differences[True]) > 0.02
+
+
 def test_prompt_that_leaves_no_room_is_named(untied):
     row = {"prompt": "What is 3 + 4? " * 60, "letter": "a"}
     with pytest.raises(ValueError, match=r"A prompt has \d+ tokens, but vLLM's context holds 256 .*`vllm_max_model"):

@@ -18,6 +18,7 @@ from test_vllm import EvenTokens
 from transformers import AutoModelForCausalLM
 from trl.generation.vllm_client import VLLMClient
 
+from trl_ibtpo.engines.base import RolloutRequest
 from trl_ibtpo.engines.vllm_server import VLLMServerEngine
 from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive
 from trl_ibtpo.steps import StepSplitter
@@ -98,6 +99,24 @@ def test_lookahead_and_log_probabilities(client, model_path):
                 logits = model(torch.tensor([ids])).logits[0, :-1].float() / SAMPLING["temperature"]
             expected = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids[1:])[:, None])[-len(token_ids) :, 0]
             assert (expected - torch.tensor(logprobs)).abs().mean() < 0.05
+
+
+def test_entropies_among_the_likeliest_tokens(client, model_path):
+    prompt = tiny.byte_level_tokenizer().encode("What is 3 + 4?")
+    with closing(VLLMServerEngine(client, SAMPLING, max_length=256)) as engine:
+        engine.submit([RolloutRequest("asks", prompt, 9, seed=1, entropies=True), RolloutRequest("not", prompt, 9, 1)])
+        found = {}
+        while engine._in_flight:
+            found |= {rollout.request_id: rollout for rollout in engine.poll()}
+    rollout = found["asks"]
+    assert found["not"].entropies is None and found["not"].token_ids == rollout.token_ids
+    assert found["not"].logprobs == pytest.approx(rollout.logprobs, abs=1e-3)
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(model_path)
+        logits = model(torch.tensor([prompt + rollout.token_ids])).logits[0, len(prompt) - 1 : -1].float()
+    logits = (logits / SAMPLING["temperature"]).topk(20).values
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    assert (expected - torch.tensor(rollout.entropies)).abs().max() < 0.02
 
 
 def test_failure_comes_through_and_nothing_hangs(client):

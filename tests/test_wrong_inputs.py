@@ -294,7 +294,7 @@ ROWS = {
     "unknown weight": (
         {"shared_token_weight": "twice"},
         ValueError,
-        r"`shared_token_weight` is 'twice'; .* \['per_trajectory', 'once', 'sampled'\]",
+        r"`shared_token_weight` is 'twice'; .* \['per_trajectory', 'once', 'sampled', 'first'\]",
     ),
     "unknown value": (
         {"value_estimate": "max"},

@@ -5,6 +5,7 @@ priority. A new method is a function with the signature of `ib` and a line in `S
 given to the trainer in place of a name, and works the same way.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
@@ -23,6 +24,12 @@ class Strategy(Protocol):
     forks: Literal["steps", "tokens"] = "steps"
     """What it gives priorities to: `steps`, which are continued from where they end, or `tokens`, each of which is
     sampled again, with what follows it (`RolloutTree.token_steps`); at each place once."""
+
+    uses_entropies: bool = False
+    """Whether it looks at `RolloutTree.token_entropies`, which initial rollouts are then asked for."""
+
+    drawn_from: float | None = None
+    """Where it forks tokens: the share of highest priority from which they are drawn uniformly. None: the highest."""
 
     def __call__(self, tree: RolloutTree, scores: TreeScores, rng: np.random.Generator) -> np.ndarray:
         """Priority of every step, `(N,)`, where NaN is last; or of every token, `(M,)`, where NaN is never chosen.
@@ -94,6 +101,21 @@ def surprisal(tree: RolloutTree, scores: TreeScores, rng: np.random.Generator) -
     continuations each. No fork is forked again, so that the first token of a branch is none.
     """
     return -tree.token_logprobs()
+
+
+@marked(uses_rewards=False, forks="tokens", rounds="rollout", uses_entropies=True, drawn_from=0.05)
+def entropy_fork(tree: RolloutTree, scores: TreeScores, rng: np.random.Generator) -> np.ndarray:
+    """I2B-LPO (arXiv 2601.05870): an initial rollout is forked where the policy is uncertain.
+
+        t* ~ uniform over the 5% of its tokens with the largest H_t
+
+    `H_t` is the entropy of the whole vocabulary at the temperature of sampling. Each of the L - 1 rounds of an initial
+    rollout forks K of its tokens, with B continuations each; in the paper it is one token. Branches are not forked.
+    """
+    initial_N = np.zeros(len(tree), dtype=bool)
+    for leaf in np.flatnonzero(np.array(tree.rounds) == 0):
+        initial_N[tree.path(tree.leaves[leaf])] = True
+    return np.where(initial_N[tree.token_steps()], tree.token_entropies(), np.nan)
 
 
 @marked(uses_rewards=False, rounds="levels")
@@ -256,6 +278,7 @@ STRATEGIES: dict[str, Strategy | type | None] = {
     "confidence": confidence,
     "random": random,
     "surprisal": surprisal,
+    "entropy_fork": entropy_fork,
     "segments": segments,
     "pivot": Pivot,
     "turn_entropy": turn_entropy,
@@ -273,6 +296,25 @@ def make_strategy(name: str) -> Strategy | None:
     """The strategy of this name, with nothing learned yet."""
     found = STRATEGIES[name]
     return found() if isinstance(found, type) else found
+
+
+def uses_entropies(strategy: Strategy | None) -> bool:
+    """Whether a strategy looks at the entropies of tokens."""
+    return getattr(strategy, "uses_entropies", False)
+
+
+def top_share(priority: np.ndarray, eligible: np.ndarray, share: float) -> np.ndarray:
+    """The eligible ones of highest priority, that share of them and at least one, ties broken by the earlier one.
+
+    Args:
+        priority, eligible: as for `select_steps`.
+        share: in (0, 1], rounded up to a whole number of them.
+    """
+    places = np.flatnonzero(eligible)
+    count = math.ceil(share * len(places) - 1e-9)
+    found = np.zeros(len(eligible), dtype=bool)
+    found[places[np.argsort(-priority[places], kind="stable")[:count]]] = True
+    return found
 
 
 def select_steps(

@@ -21,9 +21,10 @@ from typing import Protocol
 
 import numpy as np
 
-from .branching import Strategy, make_strategy, rounds_of, select_steps, uses_rewards
+from .branching import Strategy, make_strategy, rounds_of, select_steps, top_share, uses_entropies, uses_rewards
 from .budget import LeafBudget, contrast
 from .engines.base import Clock, Rollout, RolloutEngine, RolloutRequest
+from .forks import TokenForks
 from .scores import StepConfidence, TreeScores, score_tree
 from .steps import StepSplitter, turn_ends
 from .tree import RolloutTree, moved_by_split
@@ -47,6 +48,8 @@ class GrowthSettings:
     answer_marker: Sequence[str] | None = None
     adaptive_budget: int | None = None
     success_range: tuple[float, float] | None = None
+    fork_keeps_token: bool = False
+    path_filter: str | None = None
 
     @cached_property
     def leaves(self) -> int:
@@ -98,6 +101,17 @@ class GrownTree:
     scores: TreeScores
     settings: GrowthSettings
     choices: Sequence[Choice] = ()  # one a round
+    filtered: "FilteredPaths | None" = None  # where not all leaves were kept
+
+
+@dataclass(frozen=True)
+class FilteredPaths:
+    """What a tree was before some of its leaves were left out, see `paths`."""
+
+    whole: GrownTree
+    kept: list[int]  # leaves of the whole tree that are left
+    scores_L: np.ndarray  # by which they were chosen; NaN for initial rollouts
+    rewards_LF: np.ndarray  # of all leaves, by each reward function
 
 
 @dataclass(slots=True)
@@ -137,6 +151,8 @@ class TreeGrower:
         seed: numbers that identify this tree, from which every rollout's seed is derived.
         clock: the engine's, see `engines.base.Clock`.
         strategy: in place of the one that `settings.branching` names.
+        latent: gives a branch what its request carries as its latent, from numbers that name it; None: no latents.
+            Initial rollouts have none.
     """
 
     def __init__(
@@ -147,6 +163,7 @@ class TreeGrower:
         seed: Sequence[int] = (0,),
         clock: Clock = "tokens",
         strategy: Strategy | None = None,
+        latent: Callable[[Sequence[int]], tuple[float, ...]] | None = None,
     ):
         self.tree = RolloutTree(prompt_ids, settings.success_range)
         self.settings = settings
@@ -158,6 +175,7 @@ class TreeGrower:
         self.waits_for_rewards = uses_rewards(self._strategy) or settings.adaptive_budget is not None
         self._splitter = splitter
         self._seed = list(seed)
+        self._latent = latent
         # Without lookahead a round waits for all of the last one, so it does not matter who ended first.
         self._clock: Clock = clock if settings.branch_lookahead or settings.groups > 1 else "polls"
         self._rng = np.random.default_rng([*self._seed, 0])
@@ -225,6 +243,12 @@ class TreeGrower:
         if not 0 < len(rollout.token_ids) <= allowed:
             raise RuntimeError(
                 f"The engine returned {len(rollout.token_ids)} tokens for a rollout that asked for 1 to {allowed}."
+            )
+        found = len(rollout.entropies or ())
+        if self._asks_for_entropies(leaf) and found != len(rollout.token_ids):
+            raise RuntimeError(
+                f"The engine returned {found} entropies for the {len(rollout.token_ids)} tokens of a rollout that "
+                "asked for them."
             )
         branch.rollout, branch.complete = rollout, not self.waits_for_rewards
 
@@ -298,35 +322,32 @@ class TreeGrower:
 
     def _choose_tokens(self, scores: TreeScores, group: int) -> list[int]:
         """The steps that end before the tokens of one round, which are sampled again."""
-        priority_M, step_M = self._strategy(self.tree, scores, self._rng), self.tree.token_steps()
-        first_M = np.searchsorted(step_M, step_M)  # the first token of the step that each token belongs to
-        closed_N = np.zeros(len(self.tree), dtype=bool)
-        closed_N[list(self._branched)] = True
-        closed_N[0] |= not self.settings.allow_root_branching
-        place_M = np.arange(len(step_M)) - first_M
-        eligible_M = ~np.isnan(priority_M) & ~np.isnan(self.tree.token_logprobs())
-        eligible_M &= (place_M > 0) | ~closed_N[scores.parents[step_M]]
-        ends_N = self.tree.ends()
-        eligible_M &= ends_N[scores.parents[step_M]] + place_M < self._answer_starts()[step_M]
-        if self.settings.groups > 1:
-            group_N = self.tree.leaf_mean([branch.group for branch in self._branches])
-            eligible_M &= group_N[step_M] == group
+        settings = self.settings
+        forks = TokenForks(self.tree, self._branched, settings.fork_keeps_token, settings.allow_root_branching)
+        priority_M = self._strategy(self.tree, scores, self._rng)
+        eligible_M = forks.open_M & ~np.isnan(priority_M) & (forks.end_M < self._answer_starts()[forks.step_M])
+        if settings.groups > 1:
+            group_N = self.tree.leaf_mean(self.tree.groups)
+            eligible_M &= group_N[forks.step_M] == group
         eligible = int(eligible_M.sum())
         if not eligible:
             self._choices.append(Choice(self._round(group), [0], [0], [math.nan], [], 0))
-            return [0] * self.settings.tree_nodes_per_level
-        tokens = select_steps(priority_M, eligible_M, self.settings.tree_nodes_per_level)
+            return [0] * settings.tree_nodes_per_level
+        rank_M, share = priority_M, getattr(self._strategy, "drawn_from", None)
+        if share is not None:
+            eligible_M = top_share(priority_M, eligible_M, share)
+            rank_M = self._rng.random(len(priority_M))
+        tokens = select_steps(rank_M, eligible_M, settings.tree_nodes_per_level)
         # From the last to the first, so that places before a split stay what they are.
-        places = {token: (int(step_M[token]), int(place_M[token])) for token in tokens}
-        forks: dict[int, int] = {}
+        places = {token: forks.place(token) for token in tokens}
+        ends: dict[int, int] = {}  # the step that each fork continues
         for token in sorted(places, reverse=True):
             step, offset = places[token]
             if offset:
-                forks = {other: moved_by_split(fork, step) for other, fork in forks.items()}
-                forks[token] = self._split(step, offset)
-            else:
-                forks[token] = int(scores.parents[step])
-        steps = [forks[token] for token in tokens]
+                ends = {other: moved_by_split(end, step) for other, end in ends.items()}
+                step = self._split(step, offset)
+            ends[token] = step
+        steps = [ends[token] for token in tokens]
         self._branched.update(steps)
         self._choices.append(Choice(self._round(group), steps, steps, priority_M[tokens].tolist(), [], eligible))
         return steps
@@ -393,16 +414,25 @@ class TreeGrower:
         return starts
 
     def _submit(self, after: int, group: int = 0) -> RolloutRequest:
-        leaf = self.tree.open(after, self._round(group))
+        leaf = self.tree.open(after, self._round(group), group)
         prefix = self.tree.prefix(after)
         self._branches.append(_Branch(leaf, after, prefix, self._now, group))
         self._pending.append(self._branches[-1])
+        steered = self._latent is not None and self.tree.rounds[leaf] > 0
         return RolloutRequest(
             request_id=(self.name, leaf),
             prefix_ids=self.tree.prompt_ids + prefix,
             max_tokens=self.settings.max_completion_length - len(prefix),
             seed=int(np.random.SeedSequence(np.array([*self._seed, 1, leaf], np.uint32)).generate_state(1)[0]),
+            latent=self._latent([*self._seed, leaf]) if steered else None,
+            fork=len(self.tree.prompt_ids) + len(prefix) if steered else 0,
+            entropies=self._asks_for_entropies(leaf),
         )
+
+    def _asks_for_entropies(self, leaf: int) -> bool:
+        """Whether forks of this rollout are chosen by them, or whether it is kept or not."""
+        initial = self.tree.rounds[leaf] == 0
+        return (initial and uses_entropies(self._strategy)) or self.settings.path_filter == "advantage"
 
     def _round(self, group: int) -> int:
         """Which round of its group the next rollout belongs to; 0 for the initial ones."""
@@ -432,7 +462,9 @@ class TreeGrower:
         self._now = self._end(branch, engine)
         rollout, grafted = branch.rollout, branch.grafted
         token_ids, logprobs = rollout.token_ids[grafted:], rollout.logprobs[grafted:]
-        self.tree.extend(branch.leaf, token_ids, logprobs, turn_ends(self._splitter.ends, token_ids, logprobs))
+        entropies = (rollout.entropies or [])[grafted:]
+        ends = turn_ends(self._splitter.ends, token_ids, logprobs)
+        self.tree.extend(branch.leaf, token_ids, logprobs, ends, entropies)
         if self.settings.answer_marker:
             answer = self._splitter.first(branch.prefix + rollout.token_ids, self.settings.answer_marker)
             if answer is not None:

@@ -6,14 +6,18 @@ from math import isfinite, lcm
 from numbers import Real
 from typing import Any, get_args
 
+from transformers.utils import logging
 from trl import GRPOConfig
 
 from .advantages import ADVANTAGES, BY_VALUE, CreditSettings
 from .branching import STRATEGIES, rounds_of, uses_rewards
 from .growth import GrowthSettings
+from .i2b_lpo import I2B_LPO, LATENT_MODES, check_latents, check_paths
 from .training.success import parse_rule
 from .values import VALUES
 from .weights import SharedTokenWeight
+
+logger = logging.get_logger(__name__)
 
 
 def _is_whole(value: Any, least: int = 1) -> bool:
@@ -75,6 +79,12 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda value: _is_number(value) and 0 < value <= 1,
         "a share in (0, 1] of the probability to sample from (the paper uses 0.95)",
     ),
+    (
+        "latent_strength",
+        lambda value: _is_number(value) and value >= 0,
+        "a number of at least 0 (1 is the strength at which latents were scaled, 0 does nothing)",
+    ),
+    ("latent_decay", _is_positive, "a positive number of tokens, for example 128"),
     ("top_k", lambda value: _is_whole(value, 0), "a whole number of tokens, or 0 for all (the paper uses 20)"),
     ("ib_beta", _is_positive, "positive (the paper uses 5)"),
     ("ib_coef", _is_number, "a number (the paper uses 0.1)"),
@@ -150,8 +160,8 @@ class IBTPOConfig(GRPOConfig):
             Rollouts that continue each chosen step. The paper's \( B \).
         num_generations (`int`, *optional*):
             Trajectories per question, on average with `adaptive_budget`. Derived: \( G = B_0 + (L - 1) K B \), 12
-            with the defaults; with `branching="surprisal"`, where every initial rollout has rounds of its own,
-            \( B_0 (1 + (L - 1) K B) \). A different value is an error.
+            with the defaults; with `branching="surprisal"` or `"entropy_fork"`, where every initial rollout has
+            rounds of its own, \( B_0 (1 + (L - 1) K B) \). A different value is an error.
         adaptive_budget (`int`, *optional*):
             How many right and how many wrong answers are enough for a question. Questions that have them stop after
             any round and give the rest of their \( G \) trajectories to those that lack an outcome; every question
@@ -164,11 +174,12 @@ class IBTPOConfig(GRPOConfig):
         branching (`str`, *optional*, defaults to `"ib"`):
             Which steps to branch: `"ib"` (highest IB-Score), `"confidence"` (lowest confidence first, needs no
             reward), `"random"`, `"surprisal"` (TreeRL: the most surprising tokens are sampled again), `"segments"`
-            (TreePO: paths are split after every step), `"pivot"` (DEEP-GRPO: failed rollouts, where they can be
-            saved), `"turn_entropy"` (ARPO: after tool results, where the next turn begins uncertain), `"contrast"`
-            (where another outcome is likeliest per token; this package's), or `"independent"` (no tree: all rollouts
-            start at the question). docs/methods.md has the rule of each, and how to give the
-            trainer a function of your own.
+            (TreePO: paths are split after every step), `"entropy_fork"` (I2B-LPO: every initial rollout is forked at a
+            token drawn from the 5% where the policy was most uncertain), `"pivot"` (DEEP-GRPO: failed rollouts, where
+            they can be saved), `"turn_entropy"` (ARPO: after tool results, where the next turn begins uncertain),
+            `"contrast"` (where another outcome is likeliest per token; this package's), or `"independent"` (no tree:
+            all rollouts start at the question). docs/methods.md has the rule of each, and how to give the trainer a
+            function of your own.
         allow_root_branching (`bool`, *optional*, defaults to `False`):
             Whether a round may choose the question itself. Where no other step can be branched, it is chosen anyway.
         allow_repeated_branching (`bool`, *optional*, defaults to `True`):
@@ -188,6 +199,36 @@ class IBTPOConfig(GRPOConfig):
         answer_marker (`list[str]`, *optional*):
             Texts that begin an answer, for example `["answer", "conclusion"]` (TreeRL): nothing is branched after the
             first of them in a completion.
+        fork_keeps_token (`bool`, *optional*, defaults to `False`):
+            Where `branching` forks tokens: whether branches keep the token that is forked and continue after it, or
+            begin by sampling it again.
+        fork_entropy (`str`, *optional*, defaults to `"exact"`):
+            Where entropies come from with vLLM, which gives no more than 20 log-probabilities a token: `"exact"` is a
+            pass of the policy over what was sampled, `"truncated"` the entropy among the 20 likeliest tokens. With
+            transformers they are exact and cost no pass.
+        path_filter (`str`, *optional*):
+            Which branches of each initial rollout are trained on, with `branching="entropy_fork"`: the `paths_kept` of
+            highest score. `"advantage"` scores by the mean of advantage times entropy over the tokens after the fork,
+            `"pmi"` by what the path says about the answer, less what it says about the question; docs/i2b_lpo.md has
+            both. All are rewarded; those that are left out enter no statistics. `None` keeps all.
+        paths_kept (`int`, *optional*):
+            Branches of each initial rollout that `path_filter` keeps, fewer than there are. A question then has
+            \( B_0 (1 + N) \) rows in a batch. \( N \) of I2B-LPO.
+        answer_column (`str`, *optional*, defaults to `"solution"`):
+            Column of the dataset with the right answer, which `path_filter="pmi"` needs.
+        latent_mode (`str`, *optional*, defaults to `"none"`):
+            What steers the branches of I2B-LPO: `"psa"`, a random vector `z` for each branch that acts on every layer
+            by pseudo self-attention, or `"softmax"`, one that acts on the logits. Initial rollouts and the training
+            forward have none; the log-probabilities that branches were sampled with go to TRL's importance sampling
+            (`vllm_importance_sampling_correction`), whatever generates. With vLLM, `"psa"` samples branches with
+            transformers, and `"softmax"` needs `vllm_mode="colocate"`. docs/i2b_lpo.md has the formulas.
+        latent_strength (`float`, *optional*, defaults to `1.0`):
+            How strongly the vector acts on the token after the fork; 0 not at all. \( \gamma_0 \).
+        latent_decay (`float`, *optional*, defaults to `128.0`):
+            Tokens after which that has fallen to \( 1/e \). \( \tau \).
+        latent_prior (`str`, *optional*):
+            Folder that `trl-ibtpo latents train` has written: the vector then depends on the prefix. `None` draws it
+            from \( N(0, I) \).
         step_delimiter (`str` or `list[str]`, *optional*, defaults to `"\n\n"`):
             Text that ends a step, or several of which each does.
         step_min_tokens (`int`, *optional*, defaults to `1`):
@@ -248,8 +289,9 @@ class IBTPOConfig(GRPOConfig):
             Weight of a token that several trajectories share in the policy loss: `"per_trajectory"` counts it once
             for each of them, `"once"` once in all, and `"sampled"` as the sample of the policy that it is: the
             initial rollouts weigh alike however often they were branched, and each of `c` continuations of a step
-            weighs \( 1/c \) of it. `"sampled"` needs a `branching` that does not look at rewards. KL and entropy
-            terms always count once per trajectory.
+            weighs \( 1/c \) of it. `"sampled"` needs a `branching` that does not look at rewards. `"first"` counts it
+            in the trajectory that sampled it and not in its branches. KL and entropy terms always count once per
+            trajectory.
 
         > Parameters that regularize entropy
 
@@ -412,6 +454,46 @@ class IBTPOConfig(GRPOConfig):
         default=None,
         metadata={"help": "Texts that begin an answer: nothing is branched after the first of them in a completion."},
     )
+    fork_keeps_token: bool = field(
+        default=False,
+        metadata={"help": "Whether branches keep the token that is forked, where tokens are, or sample it again."},
+    )
+    fork_entropy: str = field(
+        default="exact",
+        metadata={
+            "help": "Where entropies come from with vLLM: a pass of the policy, or the 20 likeliest tokens.",
+            "choices": ["exact", "truncated"],
+        },
+    )
+    path_filter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which branches of each initial rollout are trained on: those of highest score. If `None`, all.",
+            "choices": ["advantage", "pmi"],
+        },
+    )
+    paths_kept: int | None = field(
+        default=None, metadata={"help": "Branches of each initial rollout that `path_filter` keeps."}
+    )
+    answer_column: str = field(
+        default="solution",
+        metadata={"help": "Column of the dataset with the right answer, which the filter 'pmi' needs."},
+    )
+    latent_mode: str = field(
+        default="none",
+        metadata={
+            "help": "What steers branches: a random vector in every layer, one on the logits, or none.",
+            "choices": list(LATENT_MODES),
+        },
+    )
+    latent_strength: float = field(
+        default=1.0, metadata={"help": "How strongly that vector acts on the token after the fork; 0 not at all."}
+    )
+    latent_decay: float = field(default=128.0, metadata={"help": "Tokens after which that has fallen to 1/e."})
+    latent_prior: str | None = field(
+        default=None,
+        metadata={"help": "Folder of trained latents. If `None`, the vector is drawn from a normal distribution."},
+    )
     step_delimiter: str = field(  # one on a command line; a list of them in Python and in a YAML file
         default="\n\n",
         metadata={"help": "Text that ends a step, or several of which each does."},
@@ -513,7 +595,7 @@ class IBTPOConfig(GRPOConfig):
         default="per_trajectory",
         metadata={
             "help": "Weight of a token that several trajectories share in the policy loss: once for each of them, "
-            "once in all, or as the sample of the policy that it is.",
+            "once in all, as the sample of the policy that it is, or in the first of them alone.",
             "choices": list(get_args(SharedTokenWeight)),
         },
     )
@@ -556,7 +638,9 @@ class IBTPOConfig(GRPOConfig):
         self._check_tree()
         self._check_budget()
         self._check_credit()
-        group = self.growth_settings.leaves
+        check_paths(self)
+        check_latents(self)
+        group = self.rows_per_question
         if self.num_generations not in (None, group):
             per_tree = self.growth_settings.groups == 1
             terms = (
@@ -568,6 +652,13 @@ class IBTPOConfig(GRPOConfig):
             values = terms
             for name in names:
                 values = values.replace(name, str(getattr(self, name)))
+            if self.path_filter is not None:
+                raise ValueError(
+                    f"`num_generations` is {self.num_generations!r}, but `path_filter` keeps {group} trajectories of "
+                    f"each question: tree_initial_rollouts * (1 + paths_kept) = {self.tree_initial_rollouts} * (1 + "
+                    f"{self.paths_kept}) = {group}, of {self.growth_settings.leaves} that are sampled. Leave "
+                    "`num_generations` out, or change these."
+                )
             raise ValueError(
                 f"`num_generations` is {self.num_generations!r}, but the tree has {group} trajectories: {terms} = "
                 f"{values} = {group}. Leave `num_generations` out, or change the tree"
@@ -581,10 +672,33 @@ class IBTPOConfig(GRPOConfig):
         self._check_whole_trees()
         super().__post_init__()
 
+    @classmethod
+    def i2b_lpo(cls, output_dir: str | None = None, **changes: Any) -> "IBTPOConfig":
+        """I2B-LPO ("Breaking Homogeneous Reasoning", arXiv 2601.05870) as one configuration.
+
+        Sets the fields in `i2b_lpo.I2B_LPO`: a fork in each of 4 rollouts at an uncertain token, 3 branches of each
+        steered by latents, the best 2 of them kept, GRPO's advantages with shared prefixes trained once, IBRO's term,
+        and how the released code samples and learns. A line in the log names them.
+
+        Args:
+            output_dir: as ever.
+            changes: fields that are set to something else, or in addition.
+        """
+        given = ", ".join(f"{name}={value!r}" for name, value in I2B_LPO.items() if name not in changes)
+        logger.info(f"I2B-LPO (arXiv 2601.05870) sets {given}.")
+        return cls(output_dir, **{**I2B_LPO, **changes})
+
     @property
     def growth_settings(self) -> GrowthSettings:
         """What the growth of a tree depends on."""
         return GrowthSettings(**{each.name: getattr(self, each.name) for each in fields(GrowthSettings)})
+
+    @property
+    def rows_per_question(self) -> int:
+        """Trajectories of a question that are trained on: all leaves of its tree, or those that a filter keeps."""
+        if self.path_filter is None:
+            return self.growth_settings.leaves
+        return self.tree_initial_rollouts * (1 + self.paths_kept)
 
     @property
     def step_delimiters(self) -> list[str]:
@@ -632,8 +746,9 @@ class IBTPOConfig(GRPOConfig):
                     raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be {rule}.")
         for each in fields(self):
             choices = each.metadata.get("choices")
-            if each.name in IBTPOConfig.__annotations__ and choices and getattr(self, each.name) not in choices:
-                raise ValueError(f"`{each.name}` is {getattr(self, each.name)!r}; it must be one of {choices}.")
+            allowed = choices and ([*choices, None] if each.default is None else choices)
+            if each.name in IBTPOConfig.__annotations__ and choices and getattr(self, each.name) not in allowed:
+                raise ValueError(f"`{each.name}` is {getattr(self, each.name)!r}; it must be one of {allowed}.")
         if self.growth_settings.leaves < 2:
             raise ValueError(
                 f"The tree has one trajectory (`tree_initial_rollouts` is {self.tree_initial_rollouts}, `tree_levels` "

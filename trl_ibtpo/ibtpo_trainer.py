@@ -17,7 +17,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_callable_name
 
 from .advantages import ADVANTAGES, AdvantageFunction, GradedTree, TokenAdvantages, token_advantages, whiten
-from .branching import Strategy, make_strategy, uses_rewards
+from .branching import Strategy, make_strategy, uses_entropies, uses_rewards
 from .engines.vllm_cpu import CPUVLLMGeneration, runs_on_cpu
 from .growth import GrownTree
 from .ibtpo_config import IBTPOConfig
@@ -135,6 +135,7 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
         checks.check_strategy(branching, args)
         self._strategy = make_strategy(args.branching) if branching is None else branching
         self._branching = args.branching if branching is None else checks.name_of(branching)
+        checks.check_forks(self._strategy, args)
         check_hooks(GRPOTrainer)
         environments = kwargs.get("environment_factory") is not None  # which may have rewards of their own
         reward_funcs = resolve_reward_funcs(reward_funcs, optional=environments)
@@ -159,8 +160,11 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
             check_environment(pool[0], args.environment_branching)
         if self.use_vllm and self.vllm_mode == "colocate" and runs_on_cpu():
             self.vllm_generation = CPUVLLMGeneration.adopt(self.vllm_generation)
-        checks.refuse_sharded_growth(self._dist, args, self.reward_funcs)
+        measures = uses_entropies(self._strategy) and args.fork_entropy == "exact"
+        forward = measures or args.path_filter == "pmi" or args.latent_mode == "psa"
+        checks.refuse_sharded_growth(self._dist, args, self.reward_funcs, forward=forward)
         self._check_process_share()
+        self._attach_latents()
         self._choose_forward()
         self._success = Success(self.reward_func_names, args.success_reward, args.success_range, success_func)
         self._success_steers = args.success_steers or (branching is not None and uses_rewards(branching))
@@ -420,11 +424,13 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
             shape = f"{self.num_generations} independent completions per question"
         else:
             shape = (
-                f"trees of {self.num_generations} trajectories per question (B0={args.tree_initial_rollouts}, "
+                f"trees of {args.growth_settings.leaves} trajectories per question (B0={args.tree_initial_rollouts}, "
                 f"L={args.tree_levels}, K={args.tree_nodes_per_level}, B={args.tree_branches_per_node}), "
                 f"branching '{self._branching}'"
             )
         trees = args.per_device_train_batch_size * args.steps_per_generation // self.num_generations
+        if args.path_filter is not None:
+            shape += f", of which {self.num_generations} are kept (by '{args.path_filter}')"
         if args.adaptive_budget is not None:
             shape += (
                 f", on average: from {args.tree_initial_rollouts} on, a question stops when it has "

@@ -40,6 +40,7 @@ class _Piece(NamedTuple):
     after: int  # step that they continue
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    entropies: tuple[float, ...]  # empty where nobody asked for them
 
 
 class RolloutTree:
@@ -58,6 +59,7 @@ class RolloutTree:
         self.leaves: list[int] = []  # step index of each rollout's last step so far
         self.branch_steps: list[int] = []  # step index each rollout was opened after
         self.rounds: list[int] = []  # round that each rollout belongs to, 0 for the initial ones
+        self.groups: list[int] = []  # which initial rollout each belongs to where these have rounds of their own, or 0
         self.rewards: list[float] = []  # of each leaf, from the function that names success; NaN where unknown
         self.success: list[float] = []  # the same in [0, 1], see `add_reward`
         self._range = success_range or (0.0, 1.0)  # the same, or what they are so far
@@ -90,11 +92,12 @@ class RolloutTree:
                 self._steps.append(Step(parent, ids, logprobs, end, children[step], self._observed[step]))
         return self._steps
 
-    def open(self, after: int, round: int = 0) -> int:
+    def open(self, after: int, round: int = 0, group: int = 0) -> int:
         """Start a rollout, still without tokens, that continues the prefix of step `after`; returns its leaf index."""
         self.leaves.append(after)
         self.branch_steps.append(after)
         self.rounds.append(round)
+        self.groups.append(group)
         self.rewards.append(nan)
         self.success.append(nan)
         return len(self.leaves) - 1
@@ -104,7 +107,12 @@ class RolloutTree:
         self.leaves[leaf] = self.branch_steps[leaf] = 0
 
     def extend(
-        self, leaf: int, token_ids: Sequence[int], logprobs: Sequence[float | None], step_ends: Sequence[int]
+        self,
+        leaf: int,
+        token_ids: Sequence[int],
+        logprobs: Sequence[float | None],
+        step_ends: Sequence[int],
+        entropies: Sequence[float] = (),
     ) -> None:
         """Hang further steps at the end of a rollout whose reward is not known yet.
 
@@ -114,6 +122,7 @@ class RolloutTree:
             logprobs: sampling log-probability of each token, same length; NaN where the engine could not give it,
                 None for the tokens of an observation, which come last in their step.
             step_ends: exclusive ends of its steps; the last is `len(token_ids)`.
+            entropies: of the distribution that each token was sampled from, same length; or none.
         """
         if not token_ids or len(logprobs) != len(token_ids) or not step_ends or step_ends[-1] != len(token_ids):
             raise ValueError(
@@ -130,7 +139,7 @@ class RolloutTree:
         self._parents.extend([after, *range(first, first + count - 1)])
         self._ends.extend([before + end for end in step_ends])
         self._piece_of.extend([len(self._pieces)] * count)
-        self._pieces.append(_Piece(after, tuple(token_ids), tuple(logprobs)))
+        self._pieces.append(_Piece(after, tuple(token_ids), tuple(logprobs), tuple(entropies)))
         self._child_counts[after] += 1
         self._child_counts.extend([1] * (count - 1) + [0])
         self._observed.extend(observed)
@@ -269,12 +278,25 @@ class RolloutTree:
 
     def token_logprobs(self) -> np.ndarray:
         """Sampling log-probability of every token of the tree, `(M,)`; NaN for observations and where unknown."""
-        own = []
+        return self._of_tokens("logprobs")
+
+    def token_entropies(self) -> np.ndarray:
+        """Entropy of the policy where every token of the tree was sampled, `(M,)`, in nats; NaN where unknown."""
+        return self._of_tokens("entropies")
+
+    def trajectory_entropies(self, leaf: int) -> np.ndarray:
+        """The same for the tokens of trajectory `leaf`, `(T,)`."""
+        return self.token_entropies()[np.isin(self.token_steps(), self.path(self.leaves[leaf]))]
+
+    def _of_tokens(self, what: str) -> np.ndarray:
+        own = [np.empty(0)]
         for step in range(1, len(self)):
             piece = self._pieces[self._piece_of[step]]
+            start, stop = self._ends[self._parents[step]], self._ends[step]
             offset = self._ends[piece.after]
-            own.append(piece.logprobs[self._ends[self._parents[step]] - offset : self._ends[step] - offset])
-        return np.concatenate(own) if own else np.empty(0)
+            values = getattr(piece, what)[start - offset : stop - offset]
+            own.append(values if len(values) else np.full(stop - start, nan))
+        return np.concatenate(own)
 
     def child_counts(self) -> np.ndarray:
         """Number of children of every step, `(N,)`."""

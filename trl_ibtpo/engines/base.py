@@ -1,5 +1,6 @@
 """What a tree grower asks of a generation engine. An engine knows token ids only: no trees, no text, no rewards."""
 
+import math
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,6 +11,18 @@ from typing import Any, Literal, Protocol
 # polls    all rollouts of a poll end together, one tick after they were submitted
 # arrival  nobody knows how far a running rollout is: rollouts end in the order in which they are answered
 Clock = Literal["tokens", "polls", "arrival"]
+
+LIKELIEST = 20  # tokens at each place that vLLM gives log-probabilities of
+
+
+def truncated_entropy(logprobs: Sequence[float]) -> float:
+    """Entropy of the distribution among these tokens alone, in nats, from their log-probabilities in any scale."""
+    known = [logprob for logprob in logprobs if logprob > -math.inf]  # cut off by top-k or top-p
+    if not known:
+        return math.nan
+    largest = max(known)
+    total = largest + math.log(sum(math.exp(logprob - largest) for logprob in known))
+    return max(0.0, -sum(math.exp(logprob - total) * (logprob - total) for logprob in known))
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +35,7 @@ class RolloutRequest:
     seed: int  # of this request alone, for engines that sample each request on its own
     latent: tuple[float, ...] | None = None  # noise of N(0, I) that z is made of; engines without latents refuse it
     fork: int = 0  # tokens of the prefix that come before the fork; the latent acts from there on
+    entropies: bool = False  # whether the rollout must have them
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +48,9 @@ class Rollout:
     # engine cannot say, None for a token that nobody sampled: an observation between two turns.
     logprobs: list[float | None]
     restarted: bool = False  # it continues the question, because its prefix could not be brought about again
+    # Of each token where the request asked for them: in nats, of the whole vocabulary at the sampling temperature,
+    # before top-k and top-p; NaN for a token that nobody sampled.
+    entropies: list[float] | None = None
 
 
 class RolloutEngine(Protocol):

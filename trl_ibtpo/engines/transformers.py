@@ -18,6 +18,7 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from trl.trainer.utils import entropy_from_logits
 
 from .base import LatentSteering, Rollout, RolloutRequest, refuse_latents
 
@@ -52,6 +53,7 @@ class TransformersEngine:
         self._request_seeds = request_seeds
         self._pad_token_id = pad_token_id
         self._warpers = _warpers(generation_config)
+        self._temperature = generation_config.temperature or 1.0
         # The warpers run as custom processors, so that the recorder can come after them.
         self._config = deepcopy(generation_config)
         # `generate` fills a None from the checkpoint's generation config, so its min_p needs a neutral number.
@@ -89,8 +91,10 @@ class TransformersEngine:
         attention_mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding], device=device)
         budgets = torch.tensor([request.max_tokens for request in requests], device=device)
         self._config.max_new_tokens = int(budgets.max())
-        recorder = _SampledLogprobs()
+        recorder, entropies = _SampledLogprobs(), _Entropies(self._temperature)
         processors = [*self._warpers, recorder]
+        if any(request.entropies for request in requests):
+            processors.insert(0, entropies)
         if self._request_seeds:
             processors.append(_SeededSampler([request.seed for request in requests], device))
         with torch.no_grad(), self._steering(requests, padding) as steering:
@@ -105,10 +109,11 @@ class TransformersEngine:
         token_ids = sequences[:, width:].tolist()
         logprobs = recorder.finish(sequences).tolist()
         rollouts = []
-        for request, ids, values in zip(requests, token_ids, logprobs, strict=True):
+        for row, (request, ids, values) in enumerate(zip(requests, token_ids, logprobs, strict=True)):
             stop = next((position + 1 for position, token in enumerate(ids) if token in self._stop_ids), len(ids))
             length = min(stop, request.max_tokens)
-            rollouts.append(Rollout(request.request_id, ids[:length], values[:length]))
+            found = entropies.of(row, length) if request.entropies else None
+            rollouts.append(Rollout(request.request_id, ids[:length], values[:length], entropies=found))
         return rollouts
 
     def _steering(self, requests: Sequence[RolloutRequest], padding: Sequence[int]) -> AbstractContextManager[list]:
@@ -193,6 +198,22 @@ class _SampledLogprobs(LogitsProcessor):
 
     def _gather(self, token_ids: torch.LongTensor) -> None:
         self._sampled.append(self._last.gather(1, token_ids[:, None])[:, 0])
+
+
+class _Entropies(LogitsProcessor):
+    """Records the entropy of the whole vocabulary at the sampling temperature, before anything is cut off."""
+
+    def __init__(self, temperature: float):
+        self._temperature = temperature
+        self._found: list[torch.Tensor] = []  # (B,) each
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self._found.append(entropy_from_logits(scores.float() / self._temperature))
+        return scores
+
+    def of(self, row: int, length: int) -> list[float]:
+        """Of the first tokens of a row."""
+        return torch.stack(self._found[:length])[:, row].tolist()
 
 
 class _SeededSampler(LogitsProcessor):

@@ -6,6 +6,7 @@ host says that the rollout is over. The host works in threads of its own: while 
 else there is.
 """
 
+import math
 from collections.abc import Hashable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,7 @@ class _Run:
     request: RolloutRequest
     token_ids: list[int] = field(default_factory=list)  # of all turns so far
     logprobs: list[float | None] = field(default_factory=list)  # None for observations
+    entropies: list[float] = field(default_factory=list)  # NaN for observations; empty where nobody asked
     turns: int = 0
     restarted: bool = False
 
@@ -127,6 +129,7 @@ class TurnEngine:
             run = self._runs[turn.request_id]
             run.token_ids += turn.token_ids
             run.logprobs += turn.logprobs
+            run.entropies += turn.entropies or []
             run.turns += 1
             future = self._host.respond(turn.request_id, turn.token_ids)
             if future is None:
@@ -147,6 +150,7 @@ class TurnEngine:
             elif result is not None:
                 run.token_ids += result
                 run.logprobs += [None] * len(result)
+                run.entropies += [math.nan] * len(result)
             if result is None or len(run.token_ids) >= run.request.max_tokens:
                 finished.append(self._finish(run))
             else:
@@ -156,4 +160,5 @@ class TurnEngine:
 
     def _finish(self, run: _Run) -> Rollout:
         del self._runs[run.request.request_id]
-        return Rollout(run.request.request_id, run.token_ids, run.logprobs, run.restarted)
+        entropies = run.entropies if run.request.entropies else None
+        return Rollout(run.request.request_id, run.token_ids, run.logprobs, run.restarted, entropies)

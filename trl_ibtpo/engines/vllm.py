@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-from .base import Rollout, RolloutRequest, refuse_latents
+from .base import LIKELIEST, Rollout, RolloutRequest, refuse_latents, truncated_entropy
 
 
 class VLLMEngine:
@@ -21,6 +21,9 @@ class VLLMEngine:
             not on what else is in the batch.
         lora_request: vLLM's `LoRARequest` of the adapter to sample with, if any.
         latents: a `latents.source.Steering` of the softmax arm; without it, requests with latents are refused.
+
+    A request that asks for entropies gets those among the `LIKELIEST` tokens: vLLM gives no others. Exact ones come
+    from `TeacherForcedEntropies`.
     """
 
     clock = "tokens"
@@ -64,7 +67,10 @@ class VLLMEngine:
         extra = [None] * len(requests) if self._latents is None else self._latents.vllm_arguments(requests)
         for request, extra_args in zip(requests, extra, strict=True):
             seed = request.seed if self._request_seeds else None
-            parameters = self._sampling_params(**self._sampling, max_tokens=request.max_tokens, seed=seed)
+            arguments = {**self._sampling, "max_tokens": request.max_tokens, "seed": seed}
+            if request.entropies:
+                arguments["logprobs"] = LIKELIEST
+            parameters = self._sampling_params(**arguments)
             if extra_args is not None:
                 parameters.extra_args = {**(parameters.extra_args or {}), **extra_args}
             number = f"tree-{next(self._numbers)}"
@@ -84,7 +90,10 @@ class VLLMEngine:
             self.cached_tokens += output.num_cached_tokens or 0
             self.prefix_tokens += len(output.prompt_token_ids)
             completion = output.outputs[0]
-            rollouts.append(Rollout(request_id, list(completion.token_ids), completion.logprobs.logprobs))
+            found = completion.logprobs
+            rollouts.append(
+                Rollout(request_id, list(completion.token_ids), _sampled(found), entropies=_entropies(found))
+            )
         return rollouts
 
     def generated(self, request_id: Hashable) -> int:
@@ -93,8 +102,8 @@ class VLLMEngine:
 
     def partial(self, request_id: Hashable, start: int, stop: int) -> tuple[list[int], list[float]]:
         state = self._state(self._internal[request_id])
-        logprobs = state.logprobs_processor.logprobs.logprobs
-        return list(state.detokenizer.output_token_ids[start:stop]), logprobs[start:stop]
+        logprobs = state.logprobs_processor.logprobs[start:stop]
+        return list(state.detokenizer.output_token_ids[start:stop]), _sampled(logprobs)
 
     def _state(self, internal: str) -> Any:
         """What vLLM keeps of a request in flight."""
@@ -105,6 +114,21 @@ class VLLMEngine:
             self._llm_engine.abort_request(list(self._in_flight))
             self._in_flight.clear()
             self._internal.clear()
+
+
+def _sampled(logprobs: Any) -> list[float]:
+    """Of vLLM's `FlatLogprobs`, those of the sampled tokens, which come first at each place."""
+    if len(logprobs.logprobs) == len(logprobs):
+        return logprobs.logprobs
+    return [logprobs.logprobs[start] for start in logprobs.start_indices]
+
+
+def _entropies(logprobs: Any) -> list[float] | None:
+    """Of vLLM's `FlatLogprobs`, the entropies among the likeliest tokens; None where they were not asked for."""
+    if len(logprobs.logprobs) == len(logprobs):
+        return None
+    places = zip(logprobs.start_indices, logprobs.end_indices, strict=True)
+    return [truncated_entropy(logprobs.logprobs[start + 1 : end]) for start, end in places]
 
 
 def _longest_request(vllm_config: Any) -> int:

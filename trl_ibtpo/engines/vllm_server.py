@@ -5,7 +5,7 @@ from collections.abc import Hashable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from .base import Rollout, RolloutRequest, refuse_latents
+from .base import LIKELIEST, Rollout, RolloutRequest, refuse_latents, truncated_entropy
 
 
 class VLLMServerEngine:
@@ -39,7 +39,9 @@ class VLLMServerEngine:
 
     def poll(self) -> list[Rollout]:
         finished, _ = wait(self._in_flight, return_when=FIRST_COMPLETED)
-        return [Rollout(self._in_flight.pop(future), *future.result()) for future in finished]
+        for future in finished:
+            del self._in_flight[future]
+        return [future.result() for future in finished]
 
     def generated(self, request_id: Hashable) -> int:
         return 0  # the server does not say
@@ -57,15 +59,31 @@ class VLLMServerEngine:
         """End the threads; whoever makes an engine closes it."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def _generate(self, request: RolloutRequest) -> tuple[list[int], list[float]]:
+    def _generate(self, request: RolloutRequest) -> Rollout:
         known = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p")
         others = {key: value for key, value in self._sampling.items() if key not in known}
         output = self._client.generate(
             prompts=[request.prefix_ids],
             max_tokens=request.max_tokens,
-            logprobs=0,  # the sampled token's
+            logprobs=LIKELIEST if request.entropies else 0,  # 0: the sampled token's
             generation_kwargs={**others, "seed": request.seed} if self._request_seeds else others,
             **{key: self._sampling[key] for key in known},
         )
-        logprobs = [math.nan if values[0] is None else values[0] for values in output["logprobs"][0]]
-        return output["completion_ids"][0], logprobs
+        token_ids, logprobs = output["completion_ids"][0], output["logprobs"][0]
+        if not request.entropies:
+            return Rollout(request.request_id, token_ids, [_number(values[0]) for values in logprobs])
+        return Rollout(
+            request.request_id,
+            token_ids,
+            [
+                _number(values[found.index(token_id)])
+                for token_id, found, values in zip(token_ids, output["logprob_token_ids"][0], logprobs, strict=True)
+            ],
+            # Of 21 tokens where the one that was sampled is not among the 20 likeliest.
+            entropies=[truncated_entropy([_number(value) for value in values[:LIKELIEST]]) for values in logprobs],
+        )
+
+
+def _number(logprob: float | None) -> float:
+    """The server has None for what JSON cannot say."""
+    return math.nan if logprob is None else logprob

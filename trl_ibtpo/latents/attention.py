@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .injection import LayerInjection
-from .strength import Strength
+from .strength import NEVER, Strength
 
 LATENT_ATTENTION = "ibtpo_latent"  # sdpa, with one more key where a forward comes with latents
 
@@ -128,9 +128,8 @@ class LayerSteering:
         keys, values = (each.unflatten(-1, (heads, 1, -1)) for each in (keys, values))
         decoder = self.model.get_decoder()
         device = self.model.device
-        starts = torch.tensor([2**62 if fork is None else fork for fork in forks], device=device)
-        last = max((2**62 if fork is None else fork for fork in forks), default=0)
-        first = min((2**62 if fork is None else fork for fork in forks), default=0)
+        places = [NEVER if fork is None else fork for fork in forks]
+        starts = torch.tensor(places, device=device)
         precision = torch.promote_types(self.model.dtype, torch.float32)
         off = self.strength.initial == 0
         current: list[_Forward | None] = [None]
@@ -143,11 +142,11 @@ class LayerSteering:
             begin = 0 if cache is None else int(cache.get_seq_length())
             end = begin + tokens.shape[1]
             current[0] = None
-            if off or end <= first:  # nothing is steered: the plain kernels run, so the numbers are theirs
+            if off or end <= min(places):  # nothing is steered: the plain kernels run, so the numbers are theirs
                 return args, kwargs
             columns = torch.arange(begin, end, device=device)
             gates = self.strength.gates(columns[None] - starts[:, None], precision)
-            current[0] = _Forward(gates, keys, values, end, all_steered=begin >= last)
+            current[0] = _Forward(gates, keys, values, end, all_steered=begin >= max(places))
             return args, {**kwargs, "latent_forward": current[0]}
 
         def after_norm(number):

@@ -8,7 +8,7 @@ import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
 from .injection import LogitInjection
-from .strength import Strength
+from .strength import NEVER, Strength
 
 
 class LogitSteering:
@@ -28,7 +28,7 @@ class LogitSteering:
     @contextmanager
     def steered(self, latents: torch.Tensor, forks: Sequence[int | None]) -> Iterator[list[Any]]:
         """As `LayerSteering.steered`; yields the logits processor."""
-        starts = torch.tensor([2**62 if fork is None else fork for fork in forks], device=latents.device)
+        starts = torch.tensor([NEVER if fork is None else fork for fork in forks], device=latents.device)
         yield [LatentLogits(self.injection(latents), starts, self.strength)]
 
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+NEVER = 2**62  # the fork of a row that is not steered
+
 
 @dataclass(frozen=True)
 class Strength:

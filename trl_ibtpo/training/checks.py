@@ -15,7 +15,7 @@ from trl.data_utils import is_conversational
 from trl.distributed import DistributedBackend
 
 from ..advantages import ADVANTAGES
-from ..branching import STRATEGIES, uses_rewards
+from ..branching import STRATEGIES, uses_entropies, uses_rewards
 from .reward_checks import REWARD_ARGUMENTS, check_arguments, check_messages
 
 logger = logging.get_logger(__name__)
@@ -71,6 +71,15 @@ def refuse_unsupported(
             f"`adaptive_budget` is {args.adaptive_budget}, which cannot be combined with `tools` or "
             "`environment_factory`: each of the G rows of a question has an environment of its own. Leave it out."
         )
+    for name, unused, reason in (
+        ("path_filter", None, "what tools and environments did for the branches that are left out would be lost"),
+        ("latent_mode", "none", "a branch whose environment cannot be brought back starts over, without a fork"),
+    ):
+        if getattr(args, name) != unused and (kwargs.get("tools") or kwargs.get("environment_factory")):
+            raise ValueError(
+                f"`{name}` is {getattr(args, name)!r}, which cannot be combined with `tools` or "
+                f"`environment_factory`: {reason}. Leave it out."
+            )
     if args.use_transformers_continuous_batching:
         raise ValueError(
             "`use_transformers_continuous_batching` is not supported: it cannot give each rollout its own token "
@@ -215,6 +224,23 @@ def check_strategy(strategy: Any, args: GRPOConfig) -> None:
         )
 
 
+def check_forks(strategy: Any, args: GRPOConfig) -> None:
+    """Raise where a field about forks would do nothing; `strategy` is what the trainer branches by."""
+    name = None if strategy is None else name_of(strategy)
+    if args.fork_keeps_token and getattr(strategy, "forks", "steps") != "tokens":
+        raise ValueError(
+            f"`fork_keeps_token` is True, but `branching` is {name!r}, which forks no tokens: branches continue "
+            "steps. Leave it out, or use `branching='entropy_fork'` or 'surprisal'."
+        )
+    if args.fork_entropy == "truncated" and not (args.use_vllm and uses_entropies(strategy)):
+        reason = (
+            "`use_vllm` is False: transformers has exact entropies, which cost nothing"
+            if uses_entropies(strategy)
+            else f"`branching` is {name!r}, which looks at no entropies"
+        )
+        raise ValueError(f"`fork_entropy` is 'truncated', but {reason}. Leave it out.")
+
+
 def check_server_address(args: GRPOConfig) -> None:
     """Raise where processes on several machines would each look for the vLLM server on their own machine.
 
@@ -305,6 +331,12 @@ def _check_dataset(dataset: Any, args: GRPOConfig, environment_factory: Any) -> 
         raise ValueError(
             f"`train_dataset` has no column 'prompt' (it has: {', '.join(map(str, columns)) or 'none'}). Rename the "
             "question's column, for example `dataset.rename_column('question', 'prompt')`."
+        )
+    if columns is not None and args.path_filter == "pmi" and args.answer_column not in columns:
+        raise ValueError(
+            f"`train_dataset` has no column '{args.answer_column}' (it has: {', '.join(map(str, columns))}), but "
+            "`path_filter='pmi'` asks how likely the right answer is. Name the column that holds it in "
+            "`answer_column`, or use `path_filter='advantage'`."
         )
     if columns is not None and {"image", "images"} & set(columns):
         raise ValueError(NO_IMAGES)
@@ -427,15 +459,20 @@ def check_prompt(token_ids: list[int], model: nn.Module) -> None:
         )
 
 
-def refuse_sharded_growth(backend: DistributedBackend, args: GRPOConfig, reward_funcs: Sequence[Any] = ()) -> None:
-    """Refuse sharding in which a forward pass waits for other processes, since each grows trees at its own pace."""
+def refuse_sharded_growth(
+    backend: DistributedBackend, args: GRPOConfig, reward_funcs: Sequence[Any] = (), forward: bool = False
+) -> None:
+    """Refuse sharding in which a forward pass waits for other processes, since each grows trees at its own pace.
+
+    With `forward`, the policy has a part in growth although vLLM generates.
+    """
     if backend.is_zero3 and any(isinstance(reward_func, nn.Module) for reward_func in reward_funcs):
         # Under FSDP, TRL leaves reward models whole.
         raise ValueError(
             "`reward_funcs` holds a model, which ZeRO-3 shards: each process scores its own trees, and a forward pass "
             "of one would wait for the others. Use ZeRO-2, or serve the model and give a function that asks it."
         )
-    if args.use_vllm:
+    if args.use_vllm and not forward:
         return
     if backend.fsdp_version == 1:
         raise ValueError(

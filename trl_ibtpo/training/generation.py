@@ -1,12 +1,14 @@
 """Where a trainer's trees come from: its engine, its prompts and its reward functions, put together for growth."""
 
 import textwrap
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from trl.chat_template_utils import parse_response
 from trl.data_utils import is_conversational
@@ -15,9 +17,10 @@ from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import unwrap_model_for_generation
 
-from ..branching import uses_rewards
+from ..branching import uses_entropies, uses_rewards
 from ..engines.base import RolloutEngine
-from ..engines.transformers import TransformersEngine, unsharded
+from ..engines.entropies import TeacherForcedEntropies
+from ..engines.transformers import unsharded
 from ..engines.turns import TurnEngine
 from ..engines.vllm import VLLMEngine
 from ..engines.vllm_server import VLLMServerEngine
@@ -25,11 +28,14 @@ from ..growth import GrownTree, TreeGrower, drive, leaf_budget
 from ..segments import make_grower
 from . import checks
 from .environments import close
+from .latent_branches import LatentBranches
+from .path_filter import PathFilter
 from .rewards import RewardScorer
+from .teacher_forcing import teacher_forced
 from .tools import ToolHost
 
 
-class TreeGeneration:
+class TreeGeneration(PathFilter, LatentBranches):
     """For a `GRPOTrainer` with an `IBTPOConfig`: grows trees with the current policy."""
 
     _last_batch = (-1, 0)  # optimizer step, and which of its generation batches
@@ -101,14 +107,18 @@ class TreeGeneration:
         prompts = self._prompts or [row["prompt"] for row in inputs]
         host = ToolHost(self, prompts, prompt_ids, inputs, self.num_generations) if self.tools else None
         uneven = self.args.adaptive_budget is not None
-        scorer = self._make_scorer(
-            inputs, prompts, self.num_generations, self._decoder(prompts, prompt_ids, host), uneven, host
-        )
+        leaves = self.args.growth_settings.leaves
+        rows, row_ids = inputs, prompt_ids  # one a leaf
+        if leaves != self.num_generations:  # some will be left out
+            sources = [first for first in range(0, len(inputs), self.num_generations) for _ in range(leaves)]
+            rows, row_ids = [deepcopy(inputs[row]) for row in sources], [prompt_ids[row] for row in sources]
+            prompts = [prompts[row] for row in sources]
+        scorer = self._make_scorer(rows, prompts, leaves, self._decoder(prompts, row_ids, host), uneven, host)
         with (
             self._engine() as engine,
             nullcontext() if host is None else closing(host),
             tqdm(
-                total=len(prompt_ids),
+                total=len(rows),
                 desc="Growing trees",
                 unit="rollout",
                 leave=False,
@@ -124,6 +134,9 @@ class TreeGeneration:
         scorer.arrange([len(grower.tree.leaves) for grower in growers])
         scorer.warn_of_timeouts()
         grown = [grower.grown() for grower in growers]
+        if self.args.path_filter is not None:
+            grown, kept = self._filter_paths(grown, scorer.rewards, rows)
+            scorer.keep(kept)
         self._look_for_steps(grown)
         return grown, scorer, host
 
@@ -163,6 +176,7 @@ class TreeGeneration:
                     seed=(self.args.seed, self.state.global_step, prompt_index),
                     clock=engine.clock,
                     strategy=self._strategy,
+                    latent=None if self._latent_source is None else self._latent_source.noise,
                 )
             )
         return growers
@@ -170,28 +184,41 @@ class TreeGeneration:
     @contextmanager
     def _engine(self) -> Iterator[RolloutEngine]:
         """The rollout engine, holding what generation needs (weights in sync or gathered) until the batch is grown."""
-        if self.use_vllm:
+        if self.args.use_vllm:
             self._sync_vllm()
             engine = self._vllm_engine()
-            with _awake(self.vllm_generation) if self.vllm_mode == "colocate" else closing(engine):
-                yield engine
+            with ExitStack() as stack:
+                colocated = self.vllm_mode == "colocate"
+                stack.enter_context(_awake(self.vllm_generation) if colocated else closing(engine))
+                measures = uses_entropies(self._strategy) and self.args.fork_entropy == "exact"
+                steers = self.args.latent_mode == "psa"
+                model = stack.enter_context(self._policy()) if measures or steers else None
+                if measures:
+                    measure = partial(self._token_entropies, model)
+                    engine = TeacherForcedEntropies(engine, measure, self.args.per_device_train_batch_size)
+                yield self._with_steered_branches(engine, model) if steers else engine
             return
+        with self._policy() as model:
+            yield self._transformers_engine(model)
+
+    @contextmanager
+    def _policy(self) -> Iterator[torch.nn.Module]:
+        """The policy as a model whose forward pass waits for no other process."""
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
                 self.accelerator,
                 gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                generation_kwargs=self.generation_kwargs,
+                generation_kwargs=getattr(self, "generation_kwargs", None),  # TRL has none with vLLM
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as model,
             unsharded(self.model_wrapped, reshard_after_forward=self._reshards_after_forward),
         ):
-            yield TransformersEngine(
-                model,
-                self.generation_config,
-                self._tokenizer.pad_token_id,
-                request_seeds=self.args.reproducible_rollouts,
-            )
+            yield model
+
+    def _token_entropies(self, model: torch.nn.Module, pairs: Sequence[tuple[list[int], list[int]]]) -> list[list]:
+        """Entropy where each token of the second sequences was sampled, after the first ones."""
+        return [entropies.tolist() for _, entropies in teacher_forced(self, model, pairs, entropies=True)]
 
     @property
     def _reshards_after_forward(self) -> bool:
@@ -212,7 +239,12 @@ class TreeGeneration:
     def _vllm_engine(self) -> VLLMEngine | VLLMServerEngine:
         generation = self.vllm_generation
         if self.vllm_mode == "colocate":
-            return VLLMEngine(generation.llm, sampling_arguments(generation), self.args.reproducible_rollouts)
+            return VLLMEngine(
+                generation.llm,
+                sampling_arguments(generation),
+                self.args.reproducible_rollouts,
+                latents=self._steering if self.args.latent_mode == "softmax" else None,
+            )
         if not hasattr(generation, "vllm_client"):  # TRL connects the main process alone
             generation.vllm_client = VLLMClient(
                 base_url=generation.server_base_url or f"http://{generation.server_host}:{generation.server_port}",

@@ -7,6 +7,8 @@ tree/generated_tokens   newly sampled tokens per question, shared prefixes once
 tree/trajectory_tokens  tokens of all trajectories per question, shared prefixes once per trajectory
                         (observations, such as results of tools, count here and not among the generated)
 tree/leaves_std         standard deviation of the trajectories per question; only with `adaptive_budget`
+tree/filtered           trajectories per question that `path_filter` left out; only with it, as the next
+tree/filtered_success   mean success of these
 tree/depth              steps per trajectory
 tree/branch_position    share of a branched trajectory that was inherited, 0 at the question
 tree/selected_minus_fresh  success that a step was chosen with, minus that of the rollouts that then continued it
@@ -40,6 +42,8 @@ MEANS = (
     "tree/initial_success",
     "tree/generated_tokens",
     "tree/trajectory_tokens",
+    "tree/filtered",
+    "tree/filtered_success",
     "tree/depth",
     "tree/branch_position",
     "tree/selected_minus_fresh",
@@ -49,6 +53,7 @@ MEANS = (
     "ib/confidence",
 )
 LEAVES_STD = "tree/leaves_std"
+ONLY_WITH = (LEAVES_STD, "tree/filtered", "tree/filtered_success")  # fields that are not always set
 DEVIATIONS = ("advantages/global_std", "advantages/local_std", LEAVES_STD)
 
 
@@ -70,7 +75,13 @@ class TreeMetrics:
         if grown.settings.adaptive_budget is not None:  # independent rollouts that were granted later have round 0 too
             initial = initial[: grown.settings.tree_initial_rollouts]
         self._add("tree/initial_success", initial[~np.isnan(initial)])
-        self._add("tree/generated_tokens", [tree.generated_tokens])
+        whole = tree
+        if grown.filtered is not None:
+            whole = grown.filtered.whole.tree
+            left_out = np.delete(np.array(whole.success), grown.filtered.kept)
+            self._add("tree/filtered", [len(left_out)])
+            self._add("tree/filtered_success", left_out[~np.isnan(left_out)])
+        self._add("tree/generated_tokens", [whole.generated_tokens])
         self._add("tree/trajectory_tokens", [tree.trajectory_tokens])
         self._add("tree/depth", [len(tree.path(leaf)) for leaf in tree.leaves])
         branched = zip(tree.branch_steps, tree.leaves, tree.rounds, strict=True)
@@ -90,7 +101,7 @@ class TreeMetrics:
 
     def reduce(self, accelerator) -> dict[str, float]:
         """Means and standard deviations over all processes; one collective call. NaN where nothing was seen."""
-        names = [name for name in (*MEANS, *DEVIATIONS) if name != LEAVES_STD or name in self._sums]
+        names = [name for name in (*MEANS, *DEVIATIONS) if name not in ONLY_WITH or name in self._sums]
         local = torch.tensor(np.array([self._sums[name] for name in names]), device=accelerator.device)
         total = accelerator.reduce(local.float(), reduction="sum").double().cpu().numpy()
         values = {}

@@ -42,7 +42,7 @@ TEMPLATE = """\
 ### Rollout trees
 
 {% if branches -%}
-Each question grew one tree of {{ leaves }} trajectories, and every step got its own advantage.
+Each question grew one tree of {{ leaves }} trajectories{{ kept }}, and every step got its own advantage.
 {%- else -%}
 Each question had {{ leaves }} independent completions: no tree was grown.
 {%- endif %}
@@ -120,7 +120,8 @@ def complete_card(
         head=head.lstrip(),
         branches=args.branches,
         tail=heading + tail,
-        leaves=args.num_generations,
+        leaves=args.growth_settings.leaves,
+        kept="" if args.path_filter is None else f", of which {args.num_generations} were trained on",
         rows=_rows(args, success_reward=success_reward, branching=branching, advantage=advantage),
         curve=curve,
         tree=tree,

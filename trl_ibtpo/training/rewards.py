@@ -240,11 +240,16 @@ class RewardScorer:
         if self._places is None:
             return
         leaves = [(tree, number) for tree, size in enumerate(sizes) for number in range(size)]
-        order = [self._places[leaf] for leaf in leaves]
-        self.rewards, self.timed_out = self.rewards[order], self.timed_out[order]
-        self.completions, self.decoded = ([each[row] for row in order] for each in (self.completions, self.decoded))
-        self.extra_columns = {name: [cells[row] for row in order] for name, cells in self.extra_columns.items()}
-        self._inputs = [self._inputs[tree * self._leaves_per_tree] for tree, _ in leaves]
+        inputs = [self._inputs[tree * self._leaves_per_tree] for tree, _ in leaves]
+        self.keep([self._places[leaf] for leaf in leaves])
+        self._inputs = inputs
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget all rows but these, and put these into this order; nothing is pending by now."""
+        self.rewards, self.timed_out = self.rewards[rows], self.timed_out[rows]
+        self.completions, self.decoded = ([each[row] for row in rows] for each in (self.completions, self.decoded))
+        self.extra_columns = {name: [cells[row] for row in rows] for name, cells in self.extra_columns.items()}
+        self._inputs = [self._inputs[row] for row in rows]
 
     def warn_of_timeouts(self) -> None:
         """Name each function that left completions unscored because of its time limit."""

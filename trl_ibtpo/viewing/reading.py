@@ -151,6 +151,8 @@ def _leaves(leaves: Any, nodes: list[Record]) -> list[Record]:
                 "finish_reason": _text(leaf.get("finish_reason")) or None,
             }
         )
+        if "filtered_out" in leaf:
+            read[-1] |= {"filtered_out": leaf["filtered_out"] is True, "path_score": _number(leaf.get("path_score"))}
     return read
 
 

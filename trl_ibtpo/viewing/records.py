@@ -7,14 +7,14 @@ group of completions; `reading.parse_record` reads it back.
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from ..advantages import TokenAdvantages
-from ..growth import GrownTree
+from ..growth import FilteredPaths, GrownTree
 from ..tree import RolloutTree
 
 FORMAT = "trl_ibtpo.tree/1"
@@ -40,12 +40,18 @@ def record_tree(
         decode: token ids to text.
         question: text or chat messages.
         step: of training.
-        rewards: of each leaf, `(L,)`, by the name of the reward function; NaN or None where it gave none.
+        rewards: of each leaf, `(L,)`, by the name of the reward function; NaN or None where it gave none. Where some
+            leaves were filtered out, of those that are left.
         advantages: what each token was given.
         method: further fields of the config that belong to the method.
         end_ids: tokens that end a completion, to tell a finished one from one that ran out of budget.
         decode_token: one token id to text, where that is remembered; default: `decode`.
     """
+    filtered = grown.filtered
+    if filtered is not None:  # what was left out is shown as well
+        grown = filtered.whole
+        rewards = {name: filtered.rewards_LF[:, column] for column, name in enumerate(rewards or ())}
+        advantages = None if advantages is None else _of_all_leaves(advantages, filtered)
     tree, scores = grown.tree, grown.scores
     one = decode_token or (lambda token_id: decode([token_id]))
     figures = {
@@ -87,7 +93,7 @@ def record_tree(
         "method": {"branching": grown.settings.branching, **(method or {})},
         "settings": asdict(grown.settings),
         "nodes": nodes,
-        "leaves": _leaves(grown, rewards, advantages, set(end_ids)),
+        "leaves": _leaves(grown, rewards, advantages, set(end_ids), filtered),
         "rounds": [
             {**asdict(choice), "priorities": rounded(choice.priorities)}
             for choice in sorted(grown.choices, key=lambda each: each.round)
@@ -207,6 +213,8 @@ def _step_advantages(tree: RolloutTree, advantages: TokenAdvantages | None) -> d
     for leaf, step in enumerate(tree.leaves):
         path = tree.path(step)
         last = ends[path] - 1
+        if not len(advantages.global_terms[leaf]):  # filtered out
+            continue
         counts[path] += 1
         sums["advantage_global"][path] += advantages.global_terms[leaf][last]
         sums["advantage_local"][path] += advantages.local_terms[leaf][last]
@@ -216,13 +224,31 @@ def _step_advantages(tree: RolloutTree, advantages: TokenAdvantages | None) -> d
     }
 
 
+def _of_all_leaves(advantages: TokenAdvantages, filtered: FilteredPaths) -> TokenAdvantages:
+    """Those of the leaves that were kept, in the places that these have in the whole tree; empty for the others."""
+    places = {leaf: place for place, leaf in enumerate(filtered.kept)}
+
+    def spread(values: list[np.ndarray]) -> list[np.ndarray]:
+        leaves = range(len(filtered.whole.tree.leaves))
+        return [values[places[leaf]] if leaf in places else np.empty(0) for leaf in leaves]
+
+    return TokenAdvantages(**{each.name: spread(getattr(advantages, each.name)) for each in fields(advantages)})
+
+
 def _leaves(
-    grown: GrownTree, rewards: Mapping[str, Sequence[float]] | None, advantages: TokenAdvantages | None, end_ids: set
+    grown: GrownTree,
+    rewards: Mapping[str, Sequence[float]] | None,
+    advantages: TokenAdvantages | None,
+    end_ids: set,
+    filtered: FilteredPaths | None,
 ) -> list[Record]:
     tree, budget = grown.tree, grown.settings.max_completion_length
     by_function = {name: rounded(values) for name, values in (rewards or {}).items()}
     success, leaves = rounded(tree.success), []
-    given = None if advantages is None else rounded([values_T.mean() for values_T in advantages.values])
+    given = None
+    if advantages is not None:
+        given = rounded([values_T.mean() if len(values_T) else math.nan for values_T in advantages.values])
+    path_scores = None if filtered is None else rounded(filtered.scores_L)
     for leaf, node in enumerate(tree.leaves):
         last = tree.steps[node]
         cut = last.end >= budget and not (last.token_ids and last.token_ids[-1] in end_ids)
@@ -237,6 +263,8 @@ def _leaves(
                 "finish_reason": "length" if cut else "stop",
             }
         )
+        if filtered is not None:
+            leaves[-1] |= {"filtered_out": leaf not in filtered.kept, "path_score": path_scores[leaf]}
     return leaves
 
 

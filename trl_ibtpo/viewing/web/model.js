@@ -123,6 +123,7 @@ const CHOICES = {
   confidence: "chose the step after which the model was least sure",
   random: "drew a step at random",
   surprisal: "chose the token that surprised the model most",
+  entropy_fork: "drew a token from the 5% where the model was most uncertain",
   pivot: "drew a step of an attempt that had failed",
   contrast: "chose the step where another outcome was likeliest for its cost",
 };

@@ -10,7 +10,7 @@ function drawTrajectories(pane) {
       make("td", {}, make("button", { type: "button", class: "link", "aria-pressed": String(view.leaf === number), "aria-label": `Trajectory ${number + 1}` }, `#${number + 1}`)),
       make("td", { class: "left" }, make("span", { class: `mark ${kind}` }, `${MARKS[kind]} `), OUTCOMES[kind]),
       make("td", { class: "left" }, began),
-      make("td", {}, leaf.advantage === null ? "\u2013" : signed(leaf.advantage)),
+      make("td", {}, leaf.filtered_out ? "left out" : leaf.advantage === null ? "\u2013" : signed(leaf.advantage)),
       make("td", {}, fmt(model.nodes[leaf.node].end)),
       model.rewards.map((name) => make("td", {}, fmt3(leaf.rewards[name]))),
       make("td", {}, { length: "out of tokens", stop: "by itself" }[leaf.finish_reason] || snippet(leaf.finish_reason || "\u2013", 20)));
@@ -46,6 +46,7 @@ function drawList(pane) {
     const rewards = model.rewards.map((name) => make("span", { class: "muted" }, `${snippet(name, 28)} ${fmt3(leaf.rewards[name])}`));
     return make("article", { "data-leaf": number, "aria-current": String(view.leaf === number), "aria-label": `Trajectory ${number + 1}`, class: leaf.round > view.round ? "dim" : null },
       make("header", {}, make("b", {}, `#${number + 1}`), make("span", {}, make("span", { class: `mark ${kind}` }, `${MARKS[kind]} `), OUTCOMES[kind]), rewards,
+        leaf.filtered_out ? make("span", { class: "muted" }, "left out by the path filter") : null,
         leaf.advantage === null ? null : make("span", { class: "muted" }, `advantage ${signed(leaf.advantage)}`),
         make("span", { class: "muted" }, `${fmt(model.nodes[leaf.node].end)} tokens`)),
       shared.length ? make("details", { class: "shared", open: shared.some((step) => pane.hits.has(step)) }, make("summary", {}, `${plural(shared.length, "step")} shared, then its own from round ${leaf.round}`), shared.map(piece)) : null,
