@@ -101,9 +101,9 @@ def section(results: Results) -> str:
     )
     known = "Nothing is known yet, since no difference has two pairs of runs. " if pairs < 2 else ""
     return (
-        f"{known}{len(results.complete)} runs of `{TASK}` are done, of {len(results.started)} started. The first value "
-        "of each setting is that of IB-TPO as published, or the default; the other rows have their paired difference "
-        "to it. The temperature is that of training, and accuracy is always that at temperature 1.\n\n"
+        f"{known}{len(results.complete)} runs of `{TASK}` are done, of {len(results.started)} started. The first "
+        "value of each setting is that of IB-TPO as published, or the default; the other rows have their paired "
+        "difference to it. The temperature is that of training, and accuracy is always that at temperature 1.\n\n"
         + table(results, TASK)
     )
 
