@@ -94,10 +94,17 @@ def section(results: Results) -> str:
     """The section of the page, from the rows alone."""
     if not results.complete:
         return "Not measured yet.\n"
-    done = len(results.complete)
+    pairs = max(
+        difference(results, TASK, method_of(setting, value), method_of(setting, values[0]), "final").count
+        for setting, values in VALUES.items()
+        for value in values[1:]
+    )
+    known = "Nothing is known yet, since no difference has two pairs of runs. " if pairs < 2 else ""
     return (
-        f"{done} runs are done, of {len(results.started)} started. The first value of each setting is that of IB-TPO "
-        "as published, or the default; the other rows have their paired difference to it.\n\n" + table(results, TASK)
+        f"{known}{len(results.complete)} runs of `{TASK}` are done, of {len(results.started)} started. The first "
+        "value of each setting is that of IB-TPO as published, or the default; the other rows have their paired "
+        "difference to it. The temperature is that of training, and accuracy is always that at temperature 1.\n\n"
+        + table(results, TASK)
     )
 
 
