@@ -24,7 +24,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks import agents_task, common
 from benchmarks.estimates import Estimate
-from benchmarks.learning_run import PLAIN
+from benchmarks.learning_run import COMPARED, PLAIN
 from benchmarks.sampling import QuickQwen3
 from trl_ibtpo import IBTPOConfig, IBTPOTrainer
 
@@ -49,25 +49,15 @@ def make_trainer(warm: Path, method: str, seed: int, budget: int, learning_rate:
     group = 8 if tree is None else 12
     arguments = {
         **PLAIN,
+        **COMPARED,
         "output_dir": tempfile.mkdtemp(),
         "seed": seed,
         "per_device_train_batch_size": QUESTIONS * group // UPDATES,
         "steps_per_generation": UPDATES,
         "gradient_accumulation_steps": 1,
-        "max_steps": 100_000,  # the budget ends a run
         "learning_rate": learning_rate,
-        "lr_scheduler_type": "constant",
-        "adam_beta2": 0.99,
         "max_completion_length": agents_task.MAX_LENGTH,
         "max_tool_calling_iterations": 6,
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "top_k": 0,
-        "beta": 0.0,
-        "loss_type": "grpo",
-        "shuffle_dataset": False,
-        "logging_steps": 1,
-        "disable_tqdm": True,
         "num_generations_eval": 2,
         "per_device_eval_batch_size": 192,
     }

@@ -32,6 +32,20 @@ PLAIN = {
     "dataloader_pin_memory": False,
 }
 
+# What all methods of a comparison share.
+COMPARED = {
+    "max_steps": 100_000,  # the budget ends a run
+    "lr_scheduler_type": "constant",
+    "adam_beta2": 0.99,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "beta": 0.0,
+    "loss_type": "grpo",
+    "shuffle_dataset": False,
+    "logging_steps": 1,
+    "disable_tqdm": True,
+}
 
 SHAPE = ("tree_initial_rollouts", "tree_levels", "tree_nodes_per_level", "tree_branches_per_node")
 GROUPS_PER_MICRO_BATCH = 8
@@ -44,24 +58,14 @@ def make_trainer(task: FactTask, method: Method, seed: int, setting: Setting, wa
     group = method.leaves
     arguments = {
         **PLAIN,
+        **COMPARED,
         "output_dir": tempfile.gettempdir(),
         "seed": seed,
         "per_device_train_batch_size": setting.questions // micro_batches * group,
         "steps_per_generation": micro_batches,
         "gradient_accumulation_steps": micro_batches // setting.updates,
-        "max_steps": 100_000,  # the budget ends a run
         "learning_rate": setting.learning_rate * method.learning_rate,
-        "lr_scheduler_type": "constant",
-        "adam_beta2": 0.99,
         "max_completion_length": task.max_completion_length,
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "top_k": 0,
-        "beta": 0.0,
-        "loss_type": "grpo",
-        "shuffle_dataset": False,
-        "logging_steps": 1,
-        "disable_tqdm": True,
         **method.settings,
     }
     if method.group:
