@@ -10,6 +10,11 @@ CONFIDENCE = {"branching": "confidence", "allow_repeated_branching": False, "ib_
 RANDOM = {"branching": "random", "allow_repeated_branching": False, "ib_coef": 0.0}
 INDEPENDENT = {"branching": "independent", "advantage": "grpo"}
 IBRO = {"ib_regularization_coef": 0.005}
+# I2B-LPO in parts that are added one after another: forks, latents, the filter; with IBRO it is whole.
+FORKS = {"branching": "entropy_fork", "advantage": "grpo", "shared_token_weight": "first"}
+LATENTS = {"latent_mode": "psa"}
+FILTER = {"path_filter": "advantage", "paths_kept": 2}
+FORK = (4, 2, 1, 3)  # one fork in each of four rollouts, three branches
 
 
 @dataclass(frozen=True)
@@ -25,11 +30,12 @@ class Method:
 
     @property
     def leaves(self) -> int:
-        """Completions of a question."""
+        """Completions of a question that are trained on."""
         initial, levels, nodes, branches = self.shape
         later = (levels - 1) * nodes * branches
-        rounds_of_each = self.settings.get("branching") == "surprisal"  # of each initial rollout
-        return self.group or (initial * (1 + later) if rounds_of_each else initial + later)
+        if self.settings.get("branching") in ("surprisal", "entropy_fork"):  # rounds of each initial rollout
+            later = initial * self.settings.get("paths_kept", later)
+        return self.group or initial + later
 
     @property
     def shares_prefixes(self) -> bool:
@@ -91,7 +97,12 @@ METHODS |= {
     "confidence_adaptive": Method("confidence tree, `adaptive_budget` 2", {**CONFIDENCE, "adaptive_budget": 2}),
     # What TRL's trainer computes, with the figures that only this package's logs.
     "independent_8": Method("GRPO, G = 8, in this package", INDEPENDENT, shape=(8, 1, 1, 1)),
+    "forks": Method("forks of I2B-LPO", FORKS, shape=FORK),
+    "forks_latents": Method("forks and latents", {**FORKS, **LATENTS}, shape=FORK),
+    "forks_latents_filter": Method("forks, latents and the filter", {**FORKS, **LATENTS, **FILTER}, shape=FORK),
+    "i2b_lpo": Method("I2B-LPO", {**FORKS, **LATENTS, **FILTER, **IBRO}, shape=FORK),
 }
+I2B_LPO = ("forks", "forks_latents", "forks_latents_filter", "i2b_lpo")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers import AutoTokenizer, PrinterCallback, Qwen3ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.facts import FactTask, RightSolutions, sampled_accuracy
@@ -74,8 +74,10 @@ def make_trainer(task: FactTask, method: Method, seed: int, setting: Setting, wa
         tree = dict(zip(SHAPE, method.shape, strict=True))
         # The same gradient as with shared prefixes, and at this size less work for a CPU.
         trainer_class, args = IBTPOTrainer, IBTPOConfig(**{"packed_forward": False, **tree, **arguments})
+    # Latents act inside a model that generates as transformers does; the others sample the same with less work.
+    model_class = Qwen3ForCausalLM if "latent_mode" in method.settings else QuickQwen3
     trainer = trainer_class(
-        model=QuickQwen3.from_pretrained(warm, dtype=torch.float32),
+        model=model_class.from_pretrained(warm, dtype=torch.float32),
         reward_funcs=task.reward,
         args=args,
         train_dataset=Dataset.from_list([{name: row[name] for name in ("prompt", *task.COLUMNS)} for row in rows]),

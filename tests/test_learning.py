@@ -343,8 +343,9 @@ def test_every_method_trains_on_a_batch(name, quick_start):
     trainer.reward_funcs[0] = reward
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     trainer.train()
-    assert len(seen) == 4 * method.leaves
-    assert method.leaves == method.group or method.leaves in (8, 12)
+    assert trainer.args.num_generations == method.leaves
+    assert len(seen) == 4 * (16 if "path_filter" in method.settings else method.leaves)
+    assert method.leaves == method.group or method.leaves in (8, 12, 16)
     assert any(not value.equal(before[key]) for key, value in trainer.model.state_dict().items())
     logs = trainer.state.log_history[0]
     assert math.isfinite(logs["loss"]) and logs["grad_norm"] > 0
