@@ -15,8 +15,8 @@ rewards minus their mean as TRL does without scaling, and each way to give credi
     selected_bias  of the values of branched steps: estimate minus true value
 
 Branching: all but `level` are the package's. `level` looks at nothing that was sampled after a step: round by round it
-goes down the tree and takes the step whose next choice is the most uncertain. Trees have the paper's shape (4, 9, 1, 1)
-or the one in their row, all of 12 leaves; a segment is a step.
+goes down the tree and takes the step whose next choice is the most uncertain. All trees have 12 leaves, and a
+segment is a step.
 """
 
 import itertools
