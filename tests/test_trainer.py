@@ -226,8 +226,13 @@ def test_evaluation_is_independent_sampling(config, model_path, conversational):
     assert evaluations and not any(key.startswith("eval_tree") for key in evaluations[0])
 
 
-def test_resume_on_generation_boundary_continues_exactly(config, model_path, tmp_path):
+@pytest.mark.parametrize("branching", ["ib", "surprisal"])
+def test_resume_on_generation_boundary_continues_exactly(config, model_path, tmp_path, branching):
+    """With `surprisal` trees fork inside steps."""
     args = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    if branching == "surprisal":
+        whole_tree = {"tree_initial_rollouts": 2, "tree_levels": 3, "branch_lookahead": 2, "packed_forward": True}
+        args |= {"branching": branching, "step_delimiter": "no such text", **whole_tree}
     whole = train(config(**args, output_dir=str(tmp_path / "whole")), model_path)
     resumed = IBTPOTrainer(
         model_path,
@@ -244,6 +249,12 @@ def test_resume_on_generation_boundary_continues_exactly(config, model_path, tmp
     assert last[0] == last[1] and last[0]["step"] == 4
     for mine, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(mine, other)
+    if branching == "surprisal":  # no text ends a step, so a step that has one after it was split
+        trees = [[grower.tree for grower in trainer._grown] for trainer in (whole, resumed)]
+        assert all(tree.child_counts()[1:].max() >= 2 for tree in trees[0])
+        assert [[step.token_ids for step in tree.steps] for tree in trees[0]] == [
+            [step.token_ids for step in tree.steps] for tree in trees[1]
+        ]
 
 
 def test_same_seed_same_run(config, model_path):
