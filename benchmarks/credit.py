@@ -14,8 +14,9 @@ rewards minus their mean as TRL does without scaling, and each way to give credi
                    generated for it; over that of 12 independent completions with a leave-one-out baseline
     selected_bias  of the values of branched steps: estimate minus true value
 
-Branching: `random`, `confidence` and `ib` are the package's. `level` looks at nothing that was sampled after a step:
-round by round it goes down the tree and takes the step whose next choice is the most uncertain.
+Branching: all but `level` are the package's. `level` looks at nothing that was sampled after a step: round by round it
+goes down the tree and takes the step whose next choice is the most uncertain. All trees have 12 leaves, and a
+segment is a step.
 """
 
 import itertools
@@ -30,9 +31,18 @@ from trl_ibtpo.advantages import ADVANTAGES, CreditSettings, GradedTree
 from trl_ibtpo.engines.base import Rollout
 from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive
 from trl_ibtpo.scores import score_tree
+from trl_ibtpo.segments import make_grower
 from trl_ibtpo.weights import step_weights
 
 BLOCKS = 20
+# Initial rollouts, levels, nodes and branches of what is measured beside `independent`.
+SHAPE, FIELDS = (
+    (4, 9, 1, 1),
+    ("tree_initial_rollouts", "tree_levels", "tree_nodes_per_level", "tree_branches_per_node"),
+)
+TREES = [("random", SHAPE), ("level", SHAPE), ("confidence", SHAPE), ("ib", SHAPE)]
+TREES += [("contrast", SHAPE), ("surprisal", (4, 3, 1, 1)), ("segments", SHAPE)]
+TREES += [(name, shape) for name in ("level", "confidence") for shape in ((2, 6, 1, 2), (2, 3, 1, 5), (4, 3, 1, 4))]
 
 
 class Policy:
@@ -117,12 +127,14 @@ def level_by_level(policy: Policy, settings: GrowthSettings):
     return level
 
 
-def grow(policy: Policy, branching: str, count: int, seed: int) -> list[TreeGrower]:
-    """Trees of 12 leaves, (4, 9, 1, 1), from one question."""
-    settings = GrowthSettings(branching="random" if branching == "level" else branching)
+def grow(policy: Policy, branching: str, count: int, seed: int, shape: tuple = SHAPE) -> list[TreeGrower]:
+    """Trees of 12 leaves from one question."""
+    settings = GrowthSettings(
+        branching="random" if branching == "level" else branching, **dict(zip(FIELDS, shape, strict=True))
+    )
     strategy = level_by_level(policy, settings) if branching == "level" else None
     growers = [
-        TreeGrower([0], settings, common.FixedSteps(1), seed=(seed, number), clock="polls", strategy=strategy)
+        make_grower([0], settings, common.FixedSteps(1), seed=(seed, number), clock="polls", strategy=strategy)
         for number in range(count)
     ]
     drive(growers, PolicyEngine(policy), common.ScriptedScorer(lambda tree, ids: policy.reward[tuple(ids)]))
@@ -205,12 +217,18 @@ class Sums:
 
 
 def measure(
-    policy: Policy, branching: str, methods: list[Method], trees: int, seed: int = 0, progress: bool = True
+    policy: Policy,
+    branching: str,
+    methods: list[Method],
+    trees: int,
+    seed: int = 0,
+    progress: bool = True,
+    shape: tuple = SHAPE,
 ) -> list[Sums]:
     blocks = []
     for block in tqdm(range(BLOCKS), desc=branching, disable=not progress):
         sums = Sums()
-        for grower in grow(policy, branching, trees // BLOCKS, seed=1000 * seed + block):
+        for grower in grow(policy, branching, trees // BLOCKS, seed=1000 * seed + block, shape=shape):
             found = gradients(policy, grower, methods)
             sums.trees += 1
             sums.tokens += grower.tree.generated_tokens
@@ -268,9 +286,9 @@ def main() -> None:
     trees = 5 * BLOCKS if args.quick else args.trees
     policy = Policy(depth=4, choices=3)
     true, rows, flat = policy.gradient(), [], None
-    for branching in ("independent", "random", "level", "confidence", "ib"):
+    for branching, shape in [("independent", SHAPE), *TREES]:
         methods = [FLAT, *METHODS[1:4]] if branching == "independent" else METHODS
-        blocks = measure(policy, branching, methods, trees)
+        blocks = measure(policy, branching, methods, trees, shape=shape)
         values = {}
         for name in blocks[0].biases:
             found = [value for block in blocks for value in block.biases[name]]
@@ -281,6 +299,7 @@ def main() -> None:
             rows.append(
                 {
                     "branching": branching,
+                    "shape": "" if branching == "independent" else " ".join(map(str, shape)),
                     "advantage": method.advantage if method.baseline else "reward",
                     "value": method.value,
                     "weight": method.weight,
