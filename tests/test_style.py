@@ -33,6 +33,7 @@ def test_pure_floors_load_neither_torch_nor_trl():
         "growth",
         "segments",
         "paths",
+        "config_checks",
     ]
     code = (
         f"import importlib, sys\nfor name in {modules}:\n    importlib.import_module(f'trl_ibtpo.{{name}}')\n"
@@ -80,7 +81,7 @@ FLOORS = [
         "latents/vllm",
     ],
     ["branching", "advantages", "prefix_sharing/trainer_mixin", "latents/attention", "latents/logits"],
-    ["growth", "latents/proof", "latents/training"],
+    ["growth", "config_checks", "latents/proof", "latents/training"],
     ["segments", "paths", "latents/source"],
     ["viewing/records"],
     ["viewing/drawing", "viewing/reading"],
