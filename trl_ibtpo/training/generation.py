@@ -32,6 +32,7 @@ from .latent_branches import LatentBranches
 from .path_filter import PathFilter
 from .rewards import RewardScorer
 from .teacher_forcing import teacher_forced
+from .time_limit import LimitedCalls
 from .tools import ToolHost
 
 
@@ -40,6 +41,7 @@ class TreeGeneration(PathFilter, LatentBranches):
 
     _last_batch = (-1, 0)  # optimizer step, and which of its generation batches
     _growing_alone = False  # `grow_trees` is at work
+    _limited_calls: LimitedCalls  # those of tools and environments
 
     def _next_batch(self) -> int:
         """Which generation batch of its optimizer step the coming one is; 0 where a step needs but one."""
@@ -61,7 +63,7 @@ class TreeGeneration(PathFilter, LatentBranches):
         """
         checks.check_rows(rows, self.tools, self.environment_factories)
         inputs = [deepcopy(row) for row in rows for _ in range(self.num_generations)]  # functions may edit them
-        if self.tools:
+        if self.tools or self.environment_factories is not None:
             grown, scorer = self._grow_over_turns(inputs)
         else:
             prompt_ids, images, _ = self._tokenize_prompts([row["prompt"] for row in inputs])
@@ -92,7 +94,7 @@ class TreeGeneration(PathFilter, LatentBranches):
         """Close the environments that TRL keeps to use them again, outside of a training run; it makes new ones."""
         for pool in {} if self.is_in_train else getattr(self, "_environment_pool", {}).values():
             for environment in pool:
-                close(environment)
+                close(environment, self._limited_calls)
             pool.clear()
 
     def _generate(self, prompts: list) -> tuple:
@@ -192,7 +194,8 @@ class TreeGeneration(PathFilter, LatentBranches):
                 stack.enter_context(_awake(self.vllm_generation) if colocated else closing(engine))
                 measures = uses_entropies(self._strategy) and self.args.fork_entropy == "exact"
                 steers = self.args.latent_mode == "psa"
-                model = stack.enter_context(self._policy()) if measures or steers else None
+                asks = measures or steers or self.args.latent_prior is not None  # a prior reads hidden states
+                model = stack.enter_context(self._policy()) if asks else None
                 if measures:
                     measure = partial(self._token_entropies, model)
                     engine = TeacherForcedEntropies(engine, measure, self.args.per_device_train_batch_size)
