@@ -166,6 +166,7 @@ def start_engine(layers: int, hidden: int, max_num_seqs: int, quick: bool = Fals
     path = tiny.save_tiny(tempfile.mkdtemp(), tiny.byte_level_tokenizer(), layers=layers, hidden=hidden)
     return LLM(
         model=path,
+        dtype="float32",  # vLLM would take bfloat16, which many CPUs compute slowly
         max_model_len=PROMPT_TOKENS + MAX_LENGTH,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=4096,
