@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from benchmarks import common, rollouts
 from trl_ibtpo.engines.vllm import VLLMEngine
-from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive
+from trl_ibtpo.tree_grower import GrowthSettings, TreeGrower, drive
 
 
 class Aborted(Exception):

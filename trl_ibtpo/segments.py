@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from .branching import rounds_of, segments
 from .engines.base import Clock, RolloutEngine, RolloutRequest
-from .growth import CANDIDATES_KEPT, Choice, GrowthSettings, TreeGrower
 from .steps import StepSplitter, turn_ends
+from .tree_grower import CANDIDATES_KEPT, Choice, GrowthSettings, TreeGrower
 
 
 class SegmentGrower(TreeGrower):

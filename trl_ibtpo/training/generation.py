@@ -24,8 +24,8 @@ from ..engines.transformers import unsharded
 from ..engines.turns import TurnEngine
 from ..engines.vllm import VLLMEngine
 from ..engines.vllm_server import VLLMServerEngine
-from ..growth import GrownTree, TreeGrower, drive, leaf_budget
 from ..segments import make_grower
+from ..tree_grower import GrownTree, TreeGrower, drive, leaf_budget
 from . import checks
 from .environments import close
 from .latent_branches import LatentBranches
