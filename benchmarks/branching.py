@@ -32,9 +32,10 @@ from benchmarks.tasks import TASKS, Chain
 from examples import quickstart
 from trl_ibtpo.engines.base import Rollout, RolloutRequest
 from trl_ibtpo.engines.transformers import TransformersEngine
+from trl_ibtpo.grown_tree import GrowthSettings
+from trl_ibtpo.growth import drive
 from trl_ibtpo.segments import make_grower
 from trl_ibtpo.steps import StepSplitter
-from trl_ibtpo.tree_grower import GrowthSettings, drive
 
 # All of 12 leaves: (B0, L, K, B), of which every initial rollout has rounds of its own with `surprisal`.
 SHAPES = [(4, 9, 1, 1), (2, 6, 1, 2), (2, 3, 1, 5), (4, 3, 1, 4)]

@@ -30,8 +30,9 @@ from tqdm.auto import tqdm
 from benchmarks import common
 from trl_ibtpo.engines.base import RolloutRequest
 from trl_ibtpo.engines.vllm import VLLMEngine
+from trl_ibtpo.grown_tree import GrowthSettings
+from trl_ibtpo.growth import drive
 from trl_ibtpo.segments import make_grower
-from trl_ibtpo.tree_grower import GrowthSettings, drive
 
 PROMPT_TOKENS, STEP_TOKENS = 64, 12
 SAMPLING = {"repetition_penalty": 1.0, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}

@@ -9,9 +9,9 @@ from trl import GRPOConfig
 from .advantages import ADVANTAGES, CreditSettings
 from .branching import STRATEGIES, uses_rewards
 from .config_checks import check_combinations, check_fields, check_leaves, check_whole_trees
+from .grown_tree import GrowthSettings
 from .i2b_lpo import I2B_LPO, LATENT_MODES
 from .training.success import parse_rule
-from .tree_grower import GrowthSettings
 from .values import VALUES
 from .weights import SharedTokenWeight
 

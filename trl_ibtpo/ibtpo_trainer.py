@@ -19,6 +19,7 @@ from trl.trainer.utils import get_callable_name
 from .advantages import ADVANTAGES, AdvantageFunction, GradedTree, TokenAdvantages, token_advantages, whiten
 from .branching import Strategy, make_strategy, uses_entropies, uses_rewards
 from .engines.vllm_cpu import CPUVLLMGeneration, runs_on_cpu
+from .grown_tree import GrownTree
 from .ibtpo_config import IBTPOConfig
 from .prefix_sharing.trainer_mixin import PrefixSharedForward
 from .steps import StepSplitter
@@ -37,7 +38,6 @@ from .training.rewards import RewardScorer
 from .training.step_check import describe_escapes
 from .training.success import Success, SuccessFunction
 from .training.tools import ToolHost
-from .tree_grower import GrownTree
 from .viewing.recorder import TreeLog
 
 logger = logging.get_logger(__name__)

@@ -15,9 +15,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from .grown_tree import Choice, FilteredPaths, GrownTree
 from .scores import score_tree
 from .tree import RolloutTree
-from .tree_grower import Choice, FilteredPaths, GrownTree
 
 
 def advantage_scores(tree: RolloutTree, advantages: Sequence[np.ndarray]) -> np.ndarray:

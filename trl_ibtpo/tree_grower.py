@@ -1,8 +1,7 @@
-"""Grow one tree per question, without barriers between trees.
+"""The state machine of one tree: which rollouts it submits next, and when.
 
-A tree depends only on itself, so each is a state machine (`TreeGrower`): `B0` rollouts from the question, then `L - 1`
-rounds, each choosing `K` steps and continuing each of them with `B` rollouts. As soon as a round is complete
-(sampled and rewarded) its own tree submits the next; `drive` runs all trees over one engine.
+`B0` rollouts from the question come first, then `L - 1` rounds, each of which chooses `K` steps and continues each of
+them with `B` rollouts. As soon as a round is complete (sampled and rewarded), the next one is submitted.
 
 A tree depends on its seeds and rewards alone, whatever order the engine finishes rollouts in. Its own clock sees to
 that: time is counted in tokens, as if every rollout gained one token a tick from the moment it was decided on. A
@@ -13,105 +12,19 @@ Engine-agnostic and free of torch and TRL.
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 
-from .branching import Strategy, make_strategy, rounds_of, select_steps, top_share, uses_entropies, uses_rewards
-from .budget import LeafBudget, contrast
+from .branching import Strategy, make_strategy, select_steps, top_share, uses_entropies, uses_rewards
+from .budget import contrast
 from .engines.base import Clock, Rollout, RolloutEngine, RolloutRequest
 from .forks import TokenForks
-from .scores import StepConfidence, TreeScores, score_tree
+from .grown_tree import Choice, GrownTree, GrowthSettings
+from .scores import TreeScores, score_tree
 from .steps import StepSplitter, turn_ends
 from .tree import RolloutTree, moved_by_split
-
-
-@dataclass(frozen=True)
-class GrowthSettings:
-    """What decides the growth of a tree: fields of `IBTPOConfig`, under the same names."""
-
-    tree_initial_rollouts: int = 4  # B0
-    tree_levels: int = 9  # L
-    tree_nodes_per_level: int = 1  # K
-    tree_branches_per_node: int = 1  # B
-    branching: str = "ib"
-    allow_root_branching: bool = False
-    allow_repeated_branching: bool = True
-    ib_beta: float = 5.0
-    step_confidence: StepConfidence = "geometric_mean"
-    max_completion_length: int = 2048
-    branch_lookahead: int = 0
-    answer_marker: Sequence[str] | None = None
-    adaptive_budget: int | None = None
-    success_range: tuple[float, float] | None = None
-    fork_keeps_token: bool = False
-    path_filter: str | None = None
-
-    @cached_property
-    def leaves(self) -> int:
-        """`G = B0 + (L - 1) K B`: of every tree, or on average with `adaptive_budget`.
-
-        Where every initial rollout has rounds of its own, `B0 (1 + (L - 1) K B)`.
-        """
-        return self.tree_initial_rollouts + (self.tree_levels - 1) * self.branches_per_round * self.groups
-
-    @cached_property
-    def groups(self) -> int:
-        """Parts of a tree that have rounds of their own: the tree, or each initial rollout with its branches."""
-        return self.tree_initial_rollouts if rounds_of(self.branching) == "rollout" else 1
-
-    @property
-    def branches_per_round(self) -> int:
-        """`K B`."""
-        return self.tree_nodes_per_level * self.tree_branches_per_node
-
-
-CANDIDATES_KEPT = 32  # of the steps that a round chose from: bounded, however long completions are
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What one round chose, and the best of the steps that it chose from; of tokens, only what it chose."""
-
-    round: int  # from 1
-    steps: list[int]  # chosen
-    candidates: list[int]  # eligible steps of highest priority, best first; those chosen are always among them
-    priorities: list[float]  # of the candidates, as the strategy gave them: IB-Scores with `ib`
-    deferred: list[int]  # candidates that could only be chosen last: a branch of theirs was under way
-    eligible: int  # how many steps, or tokens, could be chosen
-
-    def after_split(self, step: int) -> "Choice":
-        """The same once `step` of the tree has been split."""
-        moved = {
-            name: [moved_by_split(index, step) for index in getattr(self, name)]
-            for name in ("steps", "candidates", "deferred")
-        }
-        return replace(self, **moved)
-
-
-@dataclass(frozen=True)
-class GrownTree:
-    """A tree that is done, and what decided its growth."""
-
-    tree: RolloutTree
-    scores: TreeScores
-    settings: GrowthSettings
-    choices: Sequence[Choice] = ()  # one a round
-    filtered: "FilteredPaths | None" = None  # where not all leaves were kept
-
-
-@dataclass(frozen=True)
-class FilteredPaths:
-    """What a tree was before some of its leaves were left out, see `paths`."""
-
-    whole: GrownTree
-    kept: list[int]  # leaves of the whole tree that are left
-    scores_L: np.ndarray  # by which they were chosen; NaN for initial rollouts
-    rewards_LF: np.ndarray  # of all leaves, by each reward function
 
 
 @dataclass(slots=True)
@@ -370,30 +283,8 @@ class TreeGrower:
         deferred[[branch.after for branch in self._pending if known[branch.after] < 2]] = True
         steps = select_steps(priority, eligible, self.settings.tree_nodes_per_level, deferred)
         self._branched.update(steps)
-        self._choices.append(self._describe_choice(steps, priority, eligible, deferred))
+        self._choices.append(Choice.ranked(len(self._choices) + 1, steps, priority, eligible, deferred))
         return steps
-
-    def _describe_choice(
-        self, steps: list[int], priority: np.ndarray, eligible: np.ndarray, deferred: np.ndarray
-    ) -> Choice:
-        best = np.flatnonzero(eligible)
-        values, count = -priority[best], len(best)
-        if count > CANDIDATES_KEPT:  # sorting all of a large tree would take longer than scoring it
-            kept = ~(values > np.partition(values, CANDIDATES_KEPT)[CANDIDATES_KEPT])
-            best, values = best[kept], values[kept]
-        best = best[values.argsort(kind="stable")[:CANDIDATES_KEPT]]
-        ranked = best.tolist()
-        missing = [step for step in dict.fromkeys(steps) if step not in ranked]
-        if missing:
-            best = np.append(best, missing)
-        return Choice(
-            round=len(self._choices) + 1,
-            steps=steps,
-            candidates=ranked + missing,
-            priorities=priority[best].tolist(),
-            deferred=best[deferred[best]].tolist(),
-            eligible=count,
-        )
 
     def _eligible(self, scores: TreeScores) -> np.ndarray:
         """Steps that may be branched, boolean `(N,)`; the root where nothing else may be."""
@@ -492,121 +383,3 @@ class TreeGrower:
         if ends:
             self.tree.extend(branch.leaf, token_ids[: ends[-1]], logprobs[: ends[-1]], ends)
             branch.grafted += ends[-1]
-
-
-def leaf_budget(settings: GrowthSettings, trees: int, in_order: bool = False) -> LeafBudget | None:
-    """What `drive` needs to share out the leaves of so many trees; none where every tree has the same number.
-
-    Args:
-        settings: of all trees.
-        trees: how many.
-        in_order: see `LeafBudget`.
-    """
-    if settings.adaptive_budget is None:
-        return None
-    return LeafBudget(
-        trees * settings.leaves,
-        settings.adaptive_budget,
-        portion=settings.tree_initial_rollouts,
-        unit=1 if settings.branching == "independent" else settings.branches_per_round,
-        in_order=in_order,
-    )
-
-
-class LeafScorer(Protocol):
-    """Rewards finished leaves while trees grow. A leaf is named by its tree's name and its number in the tree."""
-
-    def submit(self, leaves: Sequence[tuple[int, int, list[int]]]) -> None:
-        """Start rewarding `(tree, leaf, completion_ids)`."""
-
-    def collect(self, wait: bool) -> list[tuple[int, int, float]]:
-        """Rewards that became known, as `(tree, leaf, reward)`; with `wait`, at least one of those pending.
-
-        The reward is that of the function that names success, NaN where it gave none (`RolloutTree.add_reward`).
-        """
-
-    def cancel(self) -> None:
-        """Drop what is pending."""
-
-
-def drive(
-    growers: Sequence[TreeGrower],
-    engine: RolloutEngine,
-    scorer: LeafScorer,
-    on_rollout: Callable[[], None] = lambda: None,
-    budget: LeafBudget | None = None,
-) -> None:
-    """Drive all trees to the end over one engine, in turns of five stages.
-
-    1. Ask the trees that may have something to do for their next rollouts, and submit these.
-    2. Poll the engine once.
-    3. Hand finished rollouts to their trees and to the scorer.
-    4. Collect the rewards that are known, waiting for one only where neither the engine nor a tree has work to do.
-    5. Note which trees to ask next: those that got what they wait for, a rollout or its reward, and after as many
-       polls as they need those that wait for running rollouts to get further.
-
-    If anything raises, the engine forgets every request in flight before the exception goes on.
-
-    Args:
-        growers: one per question.
-        engine: where rollouts are sampled.
-        scorer: where leaves get their rewards.
-        on_rollout: called after every finished rollout, for progress bars.
-        budget: where trees get the leaves that others gave back, with `adaptive_budget`.
-    """
-    ready = set(range(len(growers)))
-    asked_after: defaultdict[int, set[int]] = defaultdict(set)  # trees that wait, by the poll they wait for
-    in_flight = polls = 0
-    for tree, grower in enumerate(growers):
-        grower.name = tree
-
-    try:
-        while True:
-            requests, asked = [], sorted(ready)
-            while asked:
-                for tree in asked:
-                    requests += growers[tree].next_requests(engine)
-                    ticks = growers[tree].ticks_to_wait(engine)
-                    if ticks is not None:
-                        asked_after[polls + ticks].add(tree)  # a poll gives a rollout one token at most
-                asked = [] if budget is None else budget.share_out(growers)
-            if requests:
-                engine.submit(requests)
-                in_flight += len(requests)
-            elif not in_flight and all(grower.done for grower in growers):
-                return
-
-            finished, rewarded = [], []
-            while in_flight:  # most polls end no rollout and no tree's wait
-                finished, polls = engine.poll(), polls + 1
-                if finished or polls in asked_after or (rewarded := scorer.collect(False)):
-                    break
-            else:
-                polls += 1
-            in_flight -= len(finished)
-
-            ready = asked_after.pop(polls, set())
-            leaves = []
-            for rollout in finished:
-                tree, leaf = rollout.request_id
-                growers[tree].add_rollout(leaf, rollout)
-                if not growers[tree].waits_for_rewards:
-                    ready.add(tree)
-                leaves.append((tree, leaf, growers[tree].completion(leaf)))
-                on_rollout()
-            if leaves:
-                scorer.submit(leaves)
-
-            wait = not in_flight and not ready
-            rewarded = rewarded or scorer.collect(wait)
-            if wait and not (requests or finished or rewarded):
-                raise RuntimeError("Trees wait for rewards, but the scorer has none pending.")
-            for tree, leaf, reward in rewarded:
-                growers[tree].add_reward(leaf, reward)
-                ready.add(tree)
-    except BaseException:
-        try:
-            engine.abort()
-        finally:
-            scorer.cancel()
-        raise

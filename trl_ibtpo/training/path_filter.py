@@ -8,8 +8,8 @@ import torch
 from trl.extras.profiling import profiling_context
 
 from ..advantages import GradedTree, token_advantages
+from ..grown_tree import GrownTree
 from ..paths import advantage_scores, best_paths, keep_paths, pmi_score
-from ..tree_grower import GrownTree
 from .group_statistics import group_advantages
 from .teacher_forcing import teacher_forced
 

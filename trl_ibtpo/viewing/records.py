@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from ..advantages import TokenAdvantages
+from ..grown_tree import FilteredPaths, GrownTree
 from ..tree import RolloutTree
-from ..tree_grower import FilteredPaths, GrownTree
 
 FORMAT = "trl_ibtpo.tree/1"
 Record = dict[str, Any]
