@@ -15,10 +15,10 @@ export TOKENIZERS_PARALLELISM ?= false
 quickstart: .venv/installed
 	@$(BIN)/python examples/quickstart.py
 
-# The style tests run ruff, its format included. One process: a second would load the libraries once more.
-PURE := style config steps tree scores advantages growth benchmarks
+# The style tests run ruff, its format included. The others import neither torch nor TRL, which takes longer than they do.
+PURE := style scores advantages growth methods turns benchmarks
 check: .venv/installed
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(wildcard $(PURE:%=tests/test_%.py))
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PURE:%=tests/test_%.py)
 
 test: .venv/installed chromium
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
