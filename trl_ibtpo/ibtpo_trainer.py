@@ -19,7 +19,7 @@ from trl.trainer.utils import get_callable_name
 from .advantages import ADVANTAGES, AdvantageFunction, GradedTree, TokenAdvantages, token_advantages, whiten
 from .branching import Strategy, make_strategy, uses_entropies, uses_rewards
 from .engines.vllm_cpu import CPUVLLMGeneration, runs_on_cpu
-from .growth import GrownTree
+from .grown_tree import GrownTree
 from .ibtpo_config import IBTPOConfig
 from .prefix_sharing.trainer_mixin import PrefixSharedForward
 from .steps import StepSplitter

@@ -24,8 +24,10 @@ from ..engines.transformers import unsharded
 from ..engines.turns import TurnEngine
 from ..engines.vllm import VLLMEngine
 from ..engines.vllm_server import VLLMServerEngine
-from ..growth import GrownTree, TreeGrower, drive, leaf_budget
+from ..grown_tree import GrownTree
+from ..growth import drive, leaf_budget
 from ..segments import make_grower
+from ..tree_grower import TreeGrower
 from . import checks
 from .environments import close
 from .latent_branches import LatentBranches

@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers.utils import logging
 
-from ..growth import GrownTree
+from ..grown_tree import GrownTree
 from .checks import OWN_STOPS
 from .completions_table import COLUMNS, columns_of, mark_steps
 from .progress import show_trees
