@@ -32,7 +32,8 @@ from benchmarks.tasks import TASKS, Chain
 from examples import quickstart
 from trl_ibtpo.engines.base import Rollout, RolloutRequest
 from trl_ibtpo.engines.transformers import TransformersEngine
-from trl_ibtpo.growth import GrowthSettings, drive
+from trl_ibtpo.grown_tree import GrowthSettings
+from trl_ibtpo.growth import drive
 from trl_ibtpo.segments import make_grower
 from trl_ibtpo.steps import StepSplitter
 

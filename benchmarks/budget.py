@@ -24,8 +24,10 @@ from tqdm.auto import tqdm
 from benchmarks import common
 from trl_ibtpo.budget import contrast
 from trl_ibtpo.engines.base import Rollout
-from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive, leaf_budget
+from trl_ibtpo.grown_tree import GrowthSettings
+from trl_ibtpo.growth import drive, leaf_budget
 from trl_ibtpo.steps import StepSplitter
+from trl_ibtpo.tree_grower import TreeGrower
 
 BATCH, INITIAL, GROUP = 16, 4, 12  # questions, rollouts
 MIXTURES = {"mixed": (0.4, 0.6), "hard": (0.2, 1.0), "easy": (1.0, 0.25)}  # of success rates: Beta(a, b)

@@ -29,9 +29,11 @@ from tqdm.auto import tqdm
 from benchmarks import common
 from trl_ibtpo.advantages import ADVANTAGES, CreditSettings, GradedTree
 from trl_ibtpo.engines.base import Rollout
-from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive
+from trl_ibtpo.grown_tree import GrowthSettings
+from trl_ibtpo.growth import drive
 from trl_ibtpo.scores import score_tree
 from trl_ibtpo.segments import make_grower
+from trl_ibtpo.tree_grower import TreeGrower
 from trl_ibtpo.weights import step_weights
 
 BLOCKS = 20

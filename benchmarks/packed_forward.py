@@ -24,9 +24,11 @@ from trl.trainer.utils import add_fused_lm_head
 
 from benchmarks import common
 from trl_ibtpo.engines.base import Rollout
-from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive
+from trl_ibtpo.grown_tree import GrowthSettings
+from trl_ibtpo.growth import drive
 from trl_ibtpo.prefix_sharing.attention import prepare_model, shared_logps_and_entropies
 from trl_ibtpo.prefix_sharing.trie import share_prefixes
+from trl_ibtpo.tree_grower import TreeGrower
 
 STEP_TOKENS, LENGTH_SIGMA = 32, 0.6
 SHAPES = {

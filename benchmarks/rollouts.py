@@ -30,7 +30,8 @@ from tqdm.auto import tqdm
 from benchmarks import common
 from trl_ibtpo.engines.base import RolloutRequest
 from trl_ibtpo.engines.vllm import VLLMEngine
-from trl_ibtpo.growth import GrowthSettings, drive
+from trl_ibtpo.grown_tree import GrowthSettings
+from trl_ibtpo.growth import drive
 from trl_ibtpo.segments import make_grower
 
 PROMPT_TOKENS, STEP_TOKENS = 64, 12

@@ -15,7 +15,9 @@ from tqdm.auto import tqdm
 
 from benchmarks import common, rollouts
 from trl_ibtpo.engines.vllm import VLLMEngine
-from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive
+from trl_ibtpo.grown_tree import GrowthSettings
+from trl_ibtpo.growth import drive
+from trl_ibtpo.tree_grower import TreeGrower
 
 
 class Aborted(Exception):

@@ -22,7 +22,9 @@ from tqdm import tqdm
 from benchmarks import common
 from trl_ibtpo.advantages import GradedTree, token_advantages
 from trl_ibtpo.engines.base import Rollout
-from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive
+from trl_ibtpo.grown_tree import GrowthSettings
+from trl_ibtpo.growth import drive
+from trl_ibtpo.tree_grower import TreeGrower
 from trl_ibtpo.viewing.library import Library
 from trl_ibtpo.viewing.page import write_page
 from trl_ibtpo.viewing.records import dump_record, record_tree

@@ -1,7 +1,7 @@
 """Hooks of the documentation site: whatever could go stale is made from the code when the site is built.
 
 - A link to a file outside docs/ goes to a page with that file. Where its text is a name in code font, as in
-  [`growth.TreeGrower`](../trl_ibtpo/growth.py), it goes to the line that defines the name, and the build fails when
+  [`growth.drive`](../trl_ibtpo/growth.py), it goes to the line that defines the name, and the build fails when
   nothing does.
 - The overview is README.md.
 - Formulas between dollar signs, which GitHub shows as they are, become MathML, which browsers show without a script.

@@ -16,11 +16,12 @@ from test_scores import NAN, build, trees
 from trl_ibtpo import IBTPOTrainer
 from trl_ibtpo.branching import Pivot, contrast, make_strategy, marked, segments, shrunken_density, turn_entropy
 from trl_ibtpo.engines.base import Rollout
-from trl_ibtpo.growth import GrowthSettings, TreeGrower
+from trl_ibtpo.grown_tree import GrowthSettings
 from trl_ibtpo.scores import score_tree
 from trl_ibtpo.segments import SegmentGrower
 from trl_ibtpo.training import checkpoints, checks
 from trl_ibtpo.tree import RolloutTree
+from trl_ibtpo.tree_grower import TreeGrower
 
 SMALL = {"tree_initial_rollouts": 2, "tree_levels": 3, "reproducible_rollouts": True}
 

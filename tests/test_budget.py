@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 
 from trl_ibtpo import IBTPOTrainer
 from trl_ibtpo.budget import LeafBudget, all_right, contrast, gain
-from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive, leaf_budget
+from trl_ibtpo.grown_tree import GrowthSettings
+from trl_ibtpo.growth import drive, leaf_budget
 from trl_ibtpo.training.group_statistics import group_advantages
+from trl_ibtpo.tree_grower import TreeGrower
 
 NAN = math.nan
 

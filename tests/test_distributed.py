@@ -18,7 +18,7 @@ from transformers import Qwen3ForCausalLM
 from trl.distributed import DistributedBackend
 
 from trl_ibtpo import IBTPOTrainer
-from trl_ibtpo.training import checks
+from trl_ibtpo.training import generation_checks
 from trl_ibtpo.training.checkpoints import defect
 
 SCENARIOS = (
@@ -198,7 +198,7 @@ def test_server_address_that_means_another_machine_on_each(config, monkeypatch, 
     if processes_here is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes_here)
     if message is None:
-        checks.check_server_address(args)
+        generation_checks.check_server_address(args)
     else:
         with pytest.raises(ValueError, match=message):
             IBTPOTrainer("absent", tiny.even_length, args, tiny.questions())
@@ -220,10 +220,10 @@ def test_sharding_that_would_wait_for_ever_is_refused(config, backend_changes, f
     for name, value in backend_changes.items():
         setattr(backend, name, value)
     if message is None:
-        checks.refuse_sharded_growth(backend, config(**field))
+        generation_checks.refuse_sharded_growth(backend, config(**field))
     else:
         with pytest.raises(ValueError, match=message):
-            checks.refuse_sharded_growth(backend, config(**field))
+            generation_checks.refuse_sharded_growth(backend, config(**field))
 
 
 @pytest.mark.parametrize(
@@ -243,9 +243,9 @@ def test_a_sharded_reward_model_is_refused(config, backend_changes, model, refus
         setattr(backend, name, value)
     rewards = [tiny.even_length, torch.nn.Linear(1, 1)] if model else [tiny.even_length]
     if not refused:
-        checks.refuse_sharded_growth(backend, config(use_vllm=use_vllm), rewards)
+        generation_checks.refuse_sharded_growth(backend, config(use_vllm=use_vllm), rewards)
         return
     with pytest.raises(
         ValueError, match=r"`reward_funcs` holds a model, which ZeRO-3 shards: .* Use ZeRO-2, or serve"
     ):
-        checks.refuse_sharded_growth(backend, config(use_vllm=use_vllm), rewards)
+        generation_checks.refuse_sharded_growth(backend, config(use_vllm=use_vllm), rewards)

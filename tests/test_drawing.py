@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_scores import graft, rewarded
 
-from trl_ibtpo.growth import GrownTree, GrowthSettings
+from trl_ibtpo.grown_tree import GrownTree, GrowthSettings
 from trl_ibtpo.scores import score_tree
 from trl_ibtpo.tree import RolloutTree
 from trl_ibtpo.viewing.drawing import draw_learning_curve, draw_tree

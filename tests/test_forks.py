@@ -14,8 +14,10 @@ from trl_ibtpo import IBTPOTrainer
 from trl_ibtpo.branching import top_share
 from trl_ibtpo.engines.base import Rollout
 from trl_ibtpo.engines.entropies import TeacherForcedEntropies
-from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive
+from trl_ibtpo.grown_tree import GrowthSettings
+from trl_ibtpo.growth import drive
 from trl_ibtpo.tree import RolloutTree
+from trl_ibtpo.tree_grower import TreeGrower
 
 
 def growth(rollouts=1, branches=1, **changes) -> GrowthSettings:

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from trl_ibtpo.advantages import GradedTree, ibtpo, per_token
 from trl_ibtpo.branching import STRATEGIES, make_strategy, uses_rewards, without_rewards
 from trl_ibtpo.engines.base import Rollout
-from trl_ibtpo.growth import CANDIDATES_KEPT, GrowthSettings, TreeGrower, drive
+from trl_ibtpo.grown_tree import CANDIDATES_KEPT, GrowthSettings
+from trl_ibtpo.growth import drive
 from trl_ibtpo.scores import score_tree
 from trl_ibtpo.segments import make_grower
 from trl_ibtpo.tree import RolloutTree
+from trl_ibtpo.tree_grower import TreeGrower
 
 PROMPTS = [[901], [902, 903], [904, 905, 906]]
 

@@ -12,7 +12,7 @@ from test_scores import graft, rewarded
 from trl import GRPOConfig
 
 from trl_ibtpo import IBTPOConfig, IBTPOTrainer
-from trl_ibtpo.growth import GrownTree, GrowthSettings
+from trl_ibtpo.grown_tree import GrownTree, GrowthSettings
 from trl_ibtpo.scores import score_tree
 from trl_ibtpo.training.model_card import as_text, complete_card, tree_to_show
 from trl_ibtpo.tree import RolloutTree

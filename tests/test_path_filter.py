@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from test_growth import ANY, PROMPTS, Engine, Scorer, Splitter, make_grower
 
 from trl_ibtpo import IBTPOTrainer
-from trl_ibtpo.growth import GrownTree, GrowthSettings, drive
+from trl_ibtpo.grown_tree import GrownTree, GrowthSettings
+from trl_ibtpo.growth import drive
 from trl_ibtpo.paths import advantage_scores, best_paths, keep_paths, pmi_score
 from trl_ibtpo.scores import score_tree
 from trl_ibtpo.tree import RolloutTree

@@ -11,7 +11,7 @@ from test_growth import ANY, SETTINGS, grow
 from test_scores import graft, rewarded
 
 from trl_ibtpo.advantages import GradedTree, token_advantages
-from trl_ibtpo.growth import Choice, GrownTree, GrowthSettings
+from trl_ibtpo.grown_tree import Choice, GrownTree, GrowthSettings
 from trl_ibtpo.scores import score_tree
 from trl_ibtpo.tree import RolloutTree
 from trl_ibtpo.viewing.drawing import draw_tree

@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_ibtpo.engines.turns import TurnEngine
-from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive
+from trl_ibtpo.grown_tree import GrowthSettings
+from trl_ibtpo.growth import drive
 from trl_ibtpo.steps import turn_ends
 from trl_ibtpo.tree import RolloutTree
+from trl_ibtpo.tree_grower import TreeGrower
 
 OBSERVED = (90, 91, 92)  # 92 would end a step if it had been sampled
 

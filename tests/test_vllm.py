@@ -21,13 +21,15 @@ from trl_ibtpo.branching import STRATEGIES, make_strategy
 from trl_ibtpo.engines.base import RolloutRequest
 from trl_ibtpo.engines.vllm import VLLMEngine
 from trl_ibtpo.engines.vllm_cpu import CPUVLLMGeneration
-from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive
+from trl_ibtpo.grown_tree import GrowthSettings
+from trl_ibtpo.growth import drive
 from trl_ibtpo.latents.noise import latent_noise
 from trl_ibtpo.latents.source import LatentSource
 from trl_ibtpo.latents.strength import Strength
 from trl_ibtpo.steps import StepSplitter
 from trl_ibtpo.training.generation import check_room
 from trl_ibtpo.training.rewards import RewardFunctionError
+from trl_ibtpo.tree_grower import TreeGrower
 
 
 @pytest.fixture(scope="module", autouse=True)

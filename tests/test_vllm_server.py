@@ -20,8 +20,10 @@ from trl.generation.vllm_client import VLLMClient
 
 from trl_ibtpo.engines.base import RolloutRequest
 from trl_ibtpo.engines.vllm_server import VLLMServerEngine
-from trl_ibtpo.growth import GrowthSettings, TreeGrower, drive
+from trl_ibtpo.grown_tree import GrowthSettings
+from trl_ibtpo.growth import drive
 from trl_ibtpo.steps import StepSplitter
+from trl_ibtpo.tree_grower import TreeGrower
 
 SAMPLING = {
     "repetition_penalty": 1.0,

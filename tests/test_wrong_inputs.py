@@ -11,7 +11,7 @@ from transformers import Qwen3ForCausalLM
 from trl import GRPOConfig
 
 from trl_ibtpo import IBTPOTrainer
-from trl_ibtpo.training import checks
+from trl_ibtpo.training import checks, dataset_checks
 from trl_ibtpo.training.rewards import RewardFunctionError
 
 
@@ -789,9 +789,9 @@ def test_a_message_with_tool_calls_needs_no_content():
         {"role": "assistant", "tool_calls": [call]},
         {"role": "tool", "content": "7"},
     ]
-    checks.check_rows([{"prompt": prompt}])
+    dataset_checks.check_rows([{"prompt": prompt}])
 
 
 def test_one_row_is_not_a_list_of_rows():
     with pytest.raises(TypeError, match=r"`rows` is one row \(with prompt, letter\); give a list .* `\[row\]`"):
-        checks.check_rows({"prompt": "What is 3 + 4?", "letter": "a"})
+        dataset_checks.check_rows({"prompt": "What is 3 + 4?", "letter": "a"})

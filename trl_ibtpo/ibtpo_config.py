@@ -9,7 +9,7 @@ from trl import GRPOConfig
 from .advantages import ADVANTAGES, CreditSettings
 from .branching import STRATEGIES, uses_rewards
 from .config_checks import check_combinations, check_fields, check_leaves, check_whole_trees
-from .growth import GrowthSettings
+from .grown_tree import GrowthSettings
 from .i2b_lpo import I2B_LPO, LATENT_MODES
 from .training.success import parse_rule
 from .values import VALUES

@@ -19,18 +19,28 @@ from trl.trainer.utils import get_callable_name
 from .advantages import ADVANTAGES, AdvantageFunction, GradedTree, TokenAdvantages, token_advantages, whiten
 from .branching import Strategy, make_strategy, uses_entropies, uses_rewards
 from .engines.vllm_cpu import CPUVLLMGeneration, runs_on_cpu
-from .growth import GrownTree
+from .grown_tree import GrownTree
 from .ibtpo_config import IBTPOConfig
 from .prefix_sharing.trainer_mixin import PrefixSharedForward
 from .steps import StepSplitter
-from .training import checks
 from .training.checkpoints import WholeCheckpoints
-from .training.environments import check_environment, rung_of
+from .training.checks import (
+    check_advantage,
+    check_forks,
+    check_process_share,
+    check_strategy,
+    name_of,
+    refuse_unsupported,
+)
+from .training.dataset_checks import NO_IMAGES, check_rows, first_row, refuse_columns
+from .training.environments import check_environment
 from .training.generation import Grown, TreeGeneration
+from .training.generation_checks import refuse_sharded_growth
 from .training.group_statistics import group_advantages
 from .training.hooks import check_hooks
 from .training.metrics import TreeMetrics, mean_per_question
 from .training.model_card import complete_card, tree_to_show
+from .training.model_checks import check_template, check_tokenizer
 from .training.regularization import IBRegularization
 from .training.reports import TreeReports
 from .training.reward_checks import resolve_reward_funcs
@@ -42,13 +52,6 @@ from .training.tools import ToolHost
 from .viewing.recorder import TreeLog
 
 logger = logging.get_logger(__name__)
-
-
-_WAYS = {
-    "snapshot": "from a snapshot",
-    "deepcopy": "as a copy",
-    "replay": "by executing the actions of its prefix again",
-}
 
 
 class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedForward, WholeCheckpoints, GRPOTrainer):
@@ -129,13 +132,13 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
             raise TypeError(
                 f"`args` is a {type(args).__name__}; IBTPOTrainer needs an IBTPOConfig, which takes the same fields."
             )
-        checks.check_advantage(advantage, args)
+        check_advantage(advantage, args)
         self._advantage = ADVANTAGES[args.advantage] if advantage is None else advantage
-        self._advantage_name = args.advantage if advantage is None else checks.name_of(advantage)
-        checks.check_strategy(branching, args)
+        self._advantage_name = args.advantage if advantage is None else name_of(advantage)
+        check_strategy(branching, args)
         self._strategy = make_strategy(args.branching) if branching is None else branching
-        self._branching = args.branching if branching is None else checks.name_of(branching)
-        checks.check_forks(self._strategy, args)
+        self._branching = args.branching if branching is None else name_of(branching)
+        check_forks(self._strategy, args)
         check_hooks(GRPOTrainer)
         environments = kwargs.get("environment_factory") is not None  # which may have rewards of their own
         reward_funcs = resolve_reward_funcs(reward_funcs, optional=environments)
@@ -144,7 +147,7 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
         if not environments and not any(isinstance(func, (str, torch.nn.Module)) for func in reward_funcs):
             # Only to complain before a model is loaded: TRL has the last word on names.
             Success(list(map(get_callable_name, reward_funcs)), args.success_reward, args.success_range, success_func)
-        checks.refuse_unsupported(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, kwargs)
+        refuse_unsupported(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, kwargs)
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -154,16 +157,16 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
             processing_class=processing_class,
             **kwargs,
         )
-        checks.check_tokenizer(self._tokenizer)
-        checks.check_template(self._tokenizer, checks.first_row(train_dataset))
+        check_tokenizer(self._tokenizer)
+        check_template(self._tokenizer, first_row(train_dataset))
         for pool in getattr(self, "_environment_pool", {}).values():
             check_environment(pool[0], args.environment_branching)
         if self.use_vllm and self.vllm_mode == "colocate" and runs_on_cpu():
             self.vllm_generation = CPUVLLMGeneration.adopt(self.vllm_generation)
         measures = uses_entropies(self._strategy) and args.fork_entropy == "exact"
         forward = measures or args.path_filter == "pmi" or args.latent_mode == "psa" or args.latent_prior is not None
-        checks.refuse_sharded_growth(self._dist, args, self.reward_funcs, forward=forward)
-        self._check_process_share()
+        refuse_sharded_growth(self._dist, args, self.reward_funcs, forward=forward)
+        check_process_share(args, self.accelerator.num_processes)
         self._attach_latents()
         self._choose_forward()
         self._success = Success(self.reward_func_names, args.success_reward, args.success_range, success_func)
@@ -233,9 +236,9 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training:
-            checks.refuse_columns(inputs[0], "eval_dataset")
+            refuse_columns(inputs[0], "eval_dataset")
             return super()._generate_and_score_completions(inputs)
-        checks.check_rows(inputs, self.tools, self.environment_factories)
+        check_rows(inputs, self.tools, self.environment_factories)
         self._tree_inputs = inputs
         try:
             if self.args.adaptive_budget is not None:
@@ -267,7 +270,7 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
         """Grow before TRL counts rows, and return as many of each question's, side by side, as it has leaves."""
         prompt_ids, images, _ = self._tokenize_prompts([row["prompt"] for row in inputs])
         if images is not None:
-            raise ValueError(checks.NO_IMAGES)
+            raise ValueError(NO_IMAGES)
         self._grown, self._scorer, _ = self._grow(inputs, prompt_ids, self._next_batch())
         first_rows = inputs[:: self.num_generations]
         return [dict(row) for row, size in zip(first_rows, self._sizes, strict=True) for _ in range(size)]
@@ -278,7 +281,7 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
         if images is not None:
-            raise ValueError(checks.NO_IMAGES)
+            raise ValueError(NO_IMAGES)
         if self._growing_alone:
             raise Grown(*self._grow(self._tree_inputs, prompt_ids)[:2])
         if not self._grown:
@@ -405,59 +408,3 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
     def _sum_over_processes(self, values: np.ndarray) -> np.ndarray:
         local = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device)
         return self.accelerator.reduce(local, reduction="sum").double().cpu().numpy()
-
-    # ----- checks and words ------------------------------------------------------------------------------------------
-
-    def _check_process_share(self) -> None:
-        share = self.args.per_device_train_batch_size * self.args.steps_per_generation
-        if share % self.num_generations:
-            raise ValueError(
-                f"Each process generates {share} completions at a time (`generation_batch_size` = "
-                f"{self.args.generation_batch_size} over {self.accelerator.num_processes} processes), which does not "
-                f"hold whole trees of {self.num_generations} trajectories. Trees never span processes; use a multiple "
-                f"of {self.num_generations * self.accelerator.num_processes}."
-            )
-        if self.args.adaptive_budget is not None and share == self.num_generations:
-            raise ValueError(
-                f"`adaptive_budget` is {self.args.adaptive_budget}, but each process generates for one question at a "
-                f"time ({share} completions), which has nobody to give to. Trees never span processes: raise "
-                "`per_device_train_batch_size` or `steps_per_generation`, so that a process has many questions; "
-                f"{8 * share} completions for eight."
-            )
-
-    def _describe(self) -> str:
-        args = self.args
-        if args.branching == "independent":
-            shape = f"{self.num_generations} independent completions per question"
-        else:
-            shape = (
-                f"trees of {args.growth_settings.leaves} trajectories per question (B0={args.tree_initial_rollouts}, "
-                f"L={args.tree_levels}, K={args.tree_nodes_per_level}, B={args.tree_branches_per_node}), "
-                f"branching '{self._branching}'"
-            )
-        trees = args.per_device_train_batch_size * args.steps_per_generation // self.num_generations
-        if args.path_filter is not None:
-            shape += f", of which {self.num_generations} are kept (by '{args.path_filter}')"
-        if args.adaptive_budget is not None:
-            shape += (
-                f", on average: from {args.tree_initial_rollouts} on, a question stops when it has "
-                f"{args.adaptive_budget} right and {args.adaptive_budget} wrong answers and leaves the rest to others"
-            )
-        engine = f"vLLM, {self.vllm_mode} mode" if self.use_vllm else "transformers (`use_vllm` is off)"
-        return (
-            f"IB-TPO: {shape}, {trees} per process and generation; advantage '{self._advantage_name}' "
-            f"(ib_coef={args.ib_coef}, ib_beta={args.ib_beta}); success from {self._success}; engine: {engine}; "
-            f"forward: {self._forward_in_words()}{self._describe_tools()}."
-        )
-
-    def _describe_tools(self) -> str:
-        if not self.tools:
-            return ""
-        names = ", ".join(dict.fromkeys(tool.__name__ for tool in self.tools))
-        ways = {
-            type(pool[0]).__name__: _WAYS[rung_of(pool[0], self.args.environment_branching)]
-            for pool in getattr(self, "_environment_pool", {}).values()
-            if pool
-        }
-        environments = "".join(f"; a branch gets the environment {name} {way}" for name, way in ways.items())
-        return f"; tools: {names}{environments}"

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .growth import Choice, FilteredPaths, GrownTree
+from .grown_tree import Choice, FilteredPaths, GrownTree
 from .scores import score_tree
 from .tree import RolloutTree
 

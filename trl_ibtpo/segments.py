@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 from .branching import rounds_of, segments
 from .engines.base import Clock, RolloutEngine, RolloutRequest
-from .growth import CANDIDATES_KEPT, Choice, GrowthSettings, TreeGrower
+from .grown_tree import CANDIDATES_KEPT, Choice, GrowthSettings
 from .steps import StepSplitter, turn_ends
+from .tree_grower import TreeGrower
 
 
 class SegmentGrower(TreeGrower):

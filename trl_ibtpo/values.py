@@ -72,7 +72,7 @@ def sibling_baseline(tree: RolloutTree, values_L: np.ndarray, kappa: float) -> n
 
 
 class Choice(Protocol):
-    """What one round of branching chose, and from what (`growth.Choice`)."""
+    """What one round of branching chose, and from what (`grown_tree.Choice`)."""
 
     round: int
     steps: list[int]
@@ -92,7 +92,7 @@ def selection_bias(
         expected luck = Cov(P, V) / Var(P) * (P(s) - mean P)
 
     is taken off the leaves that were there, so off `V(s)` in proportion to their part in it. `P` is what the strategy
-    ranked steps by; of many candidates, the best that `growth.Choice` keeps.
+    ranked steps by; of many candidates, the best that `grown_tree.Choice` keeps.
     """
     rounds_L, bias_N = np.array(tree.rounds), np.zeros(len(tree))
     for choice in choices:

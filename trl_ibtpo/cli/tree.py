@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..growth import GrownTree, GrowthSettings
+from ..grown_tree import GrownTree, GrowthSettings
 from .common import Parser, UsageError, say_written
 
 # Fields of IBTPOConfig that are arguments here, with their types, defaults and help there.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..growth import GrownTree
+from ..grown_tree import GrownTree
 
 COLUMNS = ("tree", "leaf", "branched_after", "step_advantages")
 

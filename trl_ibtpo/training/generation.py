@@ -24,11 +24,14 @@ from ..engines.transformers import unsharded
 from ..engines.turns import TurnEngine
 from ..engines.vllm import VLLMEngine
 from ..engines.vllm_server import VLLMServerEngine
-from ..growth import GrownTree, TreeGrower, drive, leaf_budget
+from ..grown_tree import GrownTree
+from ..growth import drive, leaf_budget
 from ..segments import make_grower
-from . import checks
+from ..tree_grower import TreeGrower
+from .dataset_checks import DIFFERENT_PROMPTS, NO_IMAGES, check_rows
 from .environments import close
 from .latent_branches import LatentBranches
+from .model_checks import check_prompt
 from .path_filter import PathFilter
 from .rewards import RewardScorer
 from .teacher_forcing import teacher_forced
@@ -61,14 +64,14 @@ class TreeGeneration(PathFilter, LatentBranches):
         Returns:
             One tree per row, with its scores.
         """
-        checks.check_rows(rows, self.tools, self.environment_factories)
+        check_rows(rows, self.tools, self.environment_factories)
         inputs = [deepcopy(row) for row in rows for _ in range(self.num_generations)]  # functions may edit them
         if self.tools or self.environment_factories is not None:
             grown, scorer = self._grow_over_turns(inputs)
         else:
             prompt_ids, images, _ = self._tokenize_prompts([row["prompt"] for row in inputs])
             if images is not None:
-                raise ValueError(checks.NO_IMAGES)
+                raise ValueError(NO_IMAGES)
             grown, scorer, _ = self._grow(inputs, prompt_ids)
         self._say_scaling(scorer.rewards)
         return grown
@@ -152,7 +155,7 @@ class TreeGeneration(PathFilter, LatentBranches):
             if len(rows) < group or any(row != rows[0] for row in rows):
                 if self.environment_factories is not None:
                     name = type(self.environments[start]).__name__
-                    raise RuntimeError(checks.DIFFERENT_PROMPTS.format(name=name, prompts=self._two_prompts(start)))
+                    raise RuntimeError(DIFFERENT_PROMPTS.format(name=name, prompts=self._two_prompts(start)))
                 raise RuntimeError(
                     f"Rows {start} to {start + len(rows) - 1} of the generation batch are not {group} copies of one "
                     "prompt, so they cannot share a tree. Use the trainer's own sampler."
@@ -167,7 +170,7 @@ class TreeGeneration(PathFilter, LatentBranches):
                     "`vllm_max_model_length` to use all of them. Said once.",
                     about="room",
                 )
-            checks.check_prompt(rows[0], self.model)
+            check_prompt(rows[0], self.model)
             share = batch * self.accelerator.num_processes + self.accelerator.process_index
             prompt_index = share * len(prompt_ids) // group + len(growers)
             growers.append(

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from ..advantages import TokenAdvantages
-from ..growth import GrownTree
+from ..grown_tree import GrownTree
 from ..values import selection_differences
 
 MEANS = (

@@ -14,7 +14,7 @@ import numpy as np
 from huggingface_hub import ModelCard
 from trl import GRPOConfig
 
-from ..growth import GrownTree
+from ..grown_tree import GrownTree
 from ..viewing.drawing import draw_learning_curve, draw_tree
 
 FIGURES = "figures"

@@ -8,7 +8,7 @@ import torch
 from trl.extras.profiling import profiling_context
 
 from ..advantages import GradedTree, token_advantages
-from ..growth import GrownTree
+from ..grown_tree import GrownTree
 from ..paths import advantage_scores, best_paths, keep_paths, pmi_score
 from .group_statistics import group_advantages
 from .teacher_forcing import teacher_forced

@@ -1,4 +1,4 @@
-"""What a trainer says of its trees beside the metrics: warnings given once, the table of completions, the bar."""
+"""What a trainer says of its trees beside the metrics: what it does, warnings, the table of completions, the bar."""
 
 import textwrap
 from functools import partial
@@ -8,15 +8,22 @@ import torch
 from accelerate.utils import gather_object
 from transformers.utils import logging
 
-from ..growth import GrownTree
-from .checks import OWN_STOPS
+from ..grown_tree import GrownTree
 from .completions_table import COLUMNS, columns_of, mark_steps
+from .environments import rung_of
+from .generation_checks import OWN_STOPS
 from .progress import show_trees
 from .rewards import RewardScorer
 from .step_check import FEW, describe_missing_steps
 from .success import Success, SuccessWatch, describe_scaling
 
 logger = logging.get_logger(__name__)
+
+_WAYS = {
+    "snapshot": "from a snapshot",
+    "deepcopy": "as a copy",
+    "replay": "by executing the actions of its prefix again",
+}
 
 
 class TreeReports:
@@ -37,6 +44,45 @@ class TreeReports:
         batches = len(self._metrics["train"].get("tree/effective_rate", ())) if self.model.training else 0
         self._trees_in_log = batches * self.args.generation_batch_size // self.num_generations
         super().log(logs, start_time)
+
+    # ----- the line before it starts ---------------------------------------------------------------------------------
+
+    def _describe(self) -> str:
+        args = self.args
+        if args.branching == "independent":
+            shape = f"{self.num_generations} independent completions per question"
+        else:
+            shape = (
+                f"trees of {args.growth_settings.leaves} trajectories per question (B0={args.tree_initial_rollouts}, "
+                f"L={args.tree_levels}, K={args.tree_nodes_per_level}, B={args.tree_branches_per_node}), "
+                f"branching '{self._branching}'"
+            )
+        trees = args.per_device_train_batch_size * args.steps_per_generation // self.num_generations
+        if args.path_filter is not None:
+            shape += f", of which {self.num_generations} are kept (by '{args.path_filter}')"
+        if args.adaptive_budget is not None:
+            shape += (
+                f", on average: from {args.tree_initial_rollouts} on, a question stops when it has "
+                f"{args.adaptive_budget} right and {args.adaptive_budget} wrong answers and leaves the rest to others"
+            )
+        engine = f"vLLM, {self.vllm_mode} mode" if self.use_vllm else "transformers (`use_vllm` is off)"
+        return (
+            f"IB-TPO: {shape}, {trees} per process and generation; advantage '{self._advantage_name}' "
+            f"(ib_coef={args.ib_coef}, ib_beta={args.ib_beta}); success from {self._success}; engine: {engine}; "
+            f"forward: {self._forward_in_words()}{self._describe_tools()}."
+        )
+
+    def _describe_tools(self) -> str:
+        if not self.tools:
+            return ""
+        names = ", ".join(dict.fromkeys(tool.__name__ for tool in self.tools))
+        ways = {
+            type(pool[0]).__name__: _WAYS[rung_of(pool[0], self.args.environment_branching)]
+            for pool in getattr(self, "_environment_pool", {}).values()
+            if pool
+        }
+        environments = "".join(f"; a branch gets the environment {name} {way}" for name, way in ways.items())
+        return f"; tools: {names}{environments}"
 
     # ----- warnings --------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..growth import GrownTree
+from ..grown_tree import GrownTree
 from .lines import one_line
 from .records import Record, record_tree
 

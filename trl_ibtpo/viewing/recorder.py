@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from ..advantages import ADVANTAGES, TokenAdvantages
 from ..branching import STRATEGIES, uses_rewards
-from ..growth import GrownTree
+from ..grown_tree import GrownTree
 from .library import METRICS
 from .records import Record, dump_record, record_group, record_tree
 from .trackers import show_in_trackers

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..advantages import TokenAdvantages
-from ..growth import FilteredPaths, GrownTree
+from ..grown_tree import FilteredPaths, GrownTree
 from ..tree import RolloutTree
 
 FORMAT = "trl_ibtpo.tree/1"

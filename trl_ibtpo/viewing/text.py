@@ -5,7 +5,7 @@ from collections.abc import Callable
 from rich.text import Text
 from rich.tree import Tree
 
-from ..growth import GrownTree
+from ..grown_tree import GrownTree
 from .drawing import LEAF_MARKERS, as_record, children_of, leaf_kind
 from .lines import one_line
 from .records import Record
