@@ -105,7 +105,7 @@ FLOORS = [
         *("training/rewards", "training/checks", "training/metrics", "training/model_card", "evaluation/samples"),
         *("training/completions_table", "training/progress", "training/path_filter", "training/latent_branches"),
     ],
-    ["training/tools"],
+    ["training/tools", "training/policy_engine"],
     ["training/reports", "training/generation", "evaluation/questions", "evaluation/harness"],
     ["ibtpo_trainer"],
     ["cli/common"],
