@@ -77,6 +77,7 @@ FLOORS = [
         "evaluation/estimates",
         "evaluation/adapters",
         "training/checkpoints",
+        "training/reward_calls",
         "training/success",
         "training/dataset_checks",
         "training/environments",
