@@ -102,7 +102,7 @@ def test_details_are_numbered_and_lead_to_lines(pages, site):
 
 
 def test_a_link_leads_to_the_line_that_defines_the_name(pages, site):
-    (link, *_) = [link for link in pages[site / "method.html"].links if "tree.py" in link]
+    (link, *_) = [link for link in pages[site / "method.html"].links if "/tree.py" in link]
     source = (ROOT / "trl_ibtpo/tree.py").read_text().splitlines()
     assert "def add_reward" in source[int(link.rsplit("-", 1)[1]) - 1]
 
