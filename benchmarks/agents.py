@@ -14,7 +14,6 @@ their tools one after the other. Here tools run beside generation, 32 at a time.
 are no generated tokens. `serial` is what the calls of a step would take one after the other.
 """
 
-import copy
 import os
 import random
 import tempfile
@@ -24,20 +23,15 @@ from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
-from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks import agents_task, common
-from trl_ibtpo import IBTPOConfig, IBTPOTrainer
+from benchmarks.trainer_pair import FLAT, TREE, make_trainers, start_over
 from trl_ibtpo.branching import make_strategy
-from trl_ibtpo.engines.vllm_cpu import runs_on_cpu
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
 os.environ.setdefault("MASTER_PORT", "29514")
-
-TREE = {name: getattr(IBTPOConfig, name) for name in ("branching", "tree_levels", "tree_initial_rollouts")}
-FLAT = {"branching": "independent", "tree_levels": 1, "tree_initial_rollouts": 8}
 
 
 @dataclass
@@ -94,57 +88,17 @@ class EngineClock:
             self.busy += time.perf_counter() - begin
 
 
-def make_trainers(path: Path, tool, questions: int) -> tuple[GRPOTrainer, IBTPOTrainer]:
-    """A trainer of either kind; both generate with the engine that the second has started."""
-    arguments = {
-        "per_device_train_batch_size": 12,
-        "gradient_accumulation_steps": questions,
-        "max_steps": 1,
-        "learning_rate": 1e-9,  # every run samples from the same policy
-        "max_completion_length": agents_task.MAX_LENGTH,
-        "max_tool_calling_iterations": 6,
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "top_k": 0,
-        "beta": 0.0,
-        "loss_type": "grpo",
-        "vllm_mode": "colocate",
-        "vllm_max_model_length": 160,
-        "vllm_gpu_memory_utilization": 0.3,
-        "vllm_importance_sampling_mode": "token_truncate",
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "use_cpu": runs_on_cpu(),
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-    }
-    dataset = agents_task.rows(512, seed=0)
-    given = (str(path), agents_task.right_answer)
-    args = IBTPOConfig(tempfile.mkdtemp(), **arguments, use_vllm=True)
-    ibtpo = IBTPOTrainer(*given, args, dataset, tools=[tool])
-    grpo = GRPOTrainer(*given, GRPOConfig(tempfile.mkdtemp(), **arguments, num_generations=12), dataset, tools=[tool])
-    # A second engine would take its share of the memory, and half a minute to start.
-    grpo.use_vllm, grpo.vllm_generation = True, copy.copy(ibtpo.vllm_generation)
-    grpo.vllm_generation.model, grpo.vllm_generation.accelerator = grpo.model, grpo.accelerator
-    return grpo, ibtpo
-
-
 def run(trainer, method: Method, questions: int, seed: int, clock: EngineClock, slow: SlowCalculator) -> dict:
     """One optimizer step."""
     args = trainer.args
-    args.seed, args.gradient_accumulation_steps = 1 + seed, questions
-    args.steps_per_generation = questions
-    trainer.num_generations = args.num_generations = args.per_device_train_batch_size = method.group_size
-    args.generation_batch_size = questions * method.group_size
-    trainer._train_batch_size = method.group_size
+    args.gradient_accumulation_steps = args.steps_per_generation = questions
+    start_over(trainer, method.group_size, 1 + seed)
     for name, value in method.growth.items():
         setattr(args, name, value)
     args.branch_lookahead = method.lookahead
     if method.name != "grpo":
         trainer._strategy, trainer._branching = make_strategy(args.branching), args.branching
-    trainer._step, trainer._last_loaded_step = 0, -1  # a new run: the weights are pushed to vLLM again
+    trainer._step = 0
     clock.busy, found = 0.0, {}
     slow.slept.clear()
     generate = trainer._generate_and_score_completions
@@ -183,7 +137,19 @@ def main() -> None:
     folder = args.warm_start or Path(tempfile.mkdtemp())
     path = agents_task.warm_start(folder, *([2, 8] if args.quick else []))
     slow = SlowCalculator(*args.latency)
-    grpo, ibtpo = make_trainers(path, slow.tool(), args.questions[0])
+    grpo, ibtpo = make_trainers(
+        str(path),
+        agents_task.right_answer,
+        agents_task.rows(512, seed=0),
+        args.questions[0],
+        tools=[slow.tool()],
+        max_steps=1,
+        learning_rate=1e-9,  # every run samples from the same policy
+        max_completion_length=agents_task.MAX_LENGTH,
+        max_tool_calling_iterations=6,
+        vllm_max_model_length=160,
+        vllm_gpu_memory_utilization=0.3,
+    )
     clock = EngineClock(ibtpo.vllm_generation.llm.llm_engine)
     run(grpo, METHODS[0], 2, -1, clock, slow)  # not measured: the first steps of an engine take longer
     rows = []

@@ -15,13 +15,9 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
-from transformers import (
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    get_cosine_schedule_with_warmup,
-    set_seed,
-)
+from transformers import PreTrainedTokenizerFast, get_cosine_schedule_with_warmup, set_seed
+
+from benchmarks.tiny import tiny_qwen3
 
 # In the form of Qwen's; a message may hold parts, as an environment's prompt does.
 TEMPLATE = (
@@ -153,22 +149,7 @@ def warm_start(folder: Path, steps: int = 300, batch: int = 48, operations: int 
         return folder
     set_seed(0)
     ready = tokenizer()
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(ready),
-            hidden_size=64,
-            intermediate_size=192,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=512,
-            tie_word_embeddings=False,
-            eos_token_id=ready.eos_token_id,
-            bos_token_id=None,
-            pad_token_id=ready.pad_token_id,
-        )
-    )
+    model = tiny_qwen3(ready, hidden=64, intermediate_size=192, num_key_value_heads=2, max_position_embeddings=512)
     rng, shown = random.Random(0), []
     for chain in chains(steps * batch, -1, operations):
         messages = [{"role": "user", "content": question(chain)}]

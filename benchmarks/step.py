@@ -10,7 +10,6 @@ cost (`ratio_to_independent`; a tree of 12 is to take no longer). The task is th
 model was shown worked solutions for long enough to write whole ones of its own, right or wrong; rewards cost nothing.
 """
 
-import copy
 import os
 import random
 import tempfile
@@ -22,21 +21,17 @@ import reasoning_gym
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import Qwen3ForCausalLM, TrainerCallback, set_seed
-from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from benchmarks import common
+from benchmarks.trainer_pair import FLAT, TREE, make_trainers, start_over
 from examples import quickstart
-from trl_ibtpo import IBTPOConfig, IBTPOTrainer
-from trl_ibtpo.engines.vllm_cpu import runs_on_cpu
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29513")
 
-TREE = {name: getattr(IBTPOConfig, name) for name in ("branching", "tree_levels", "tree_initial_rollouts")}
 PROMPT_TOKENS = 160  # of the longest sums, and some more
-
-
 RIVAL = "independent_8_shared"
 
 
@@ -52,7 +47,7 @@ class Method:
 METHODS = [
     Method("grpo", 8),
     Method("grpo", 12),
-    Method(RIVAL, 8, growth={"branching": "independent", "tree_levels": 1, "tree_initial_rollouts": 8}),
+    Method(RIVAL, 8, growth=FLAT),
     Method("ibtpo", 12),
     Method("ibtpo", 12, lookahead=3),
     Method("ibtpo", 12, lookahead=8),
@@ -102,50 +97,14 @@ def warm_model(layers: int, hidden: int, entries: list[dict], steps: int) -> str
     return path
 
 
-def make_trainers(path: str, questions: int, max_length: int, dataset: Dataset) -> tuple[GRPOTrainer, IBTPOTrainer]:
-    """A trainer of either kind; both generate with the engine that the second has started."""
-    arguments = {
-        "per_device_train_batch_size": 12,
-        "gradient_accumulation_steps": questions,
-        "max_steps": 2,
-        "max_completion_length": max_length,
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "top_k": 0,
-        "beta": 0.0,
-        "loss_type": "grpo",
-        "vllm_mode": "colocate",
-        "vllm_max_model_length": PROMPT_TOKENS + max_length,
-        "vllm_importance_sampling_mode": "token_truncate",
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "use_cpu": runs_on_cpu(),
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-    }
-    args = IBTPOConfig(tempfile.mkdtemp(), **arguments, use_vllm=True)
-    ibtpo = IBTPOTrainer(path, reward, args, dataset)
-    grpo = GRPOTrainer(path, reward, GRPOConfig(tempfile.mkdtemp(), **arguments, num_generations=12), dataset)
-    # A second engine would take its share of the memory, and half a minute to start.
-    grpo.use_vllm, grpo.vllm_generation = True, copy.copy(ibtpo.vllm_generation)
-    grpo.vllm_generation.model, grpo.vllm_generation.accelerator = grpo.model, grpo.accelerator
-    return grpo, ibtpo
-
-
 def run(trainer, method: Method, seed: int) -> dict[str, float]:
     """Two optimizer steps, of which the second is measured."""
     args, questions = trainer.args, trainer.args.gradient_accumulation_steps
-    args.seed = seed
-    trainer.num_generations = args.num_generations = args.per_device_train_batch_size = method.group_size
-    args.generation_batch_size = questions * method.group_size
-    trainer._train_batch_size = method.group_size
+    start_over(trainer, method.group_size, seed)
     if method.name != "grpo":
         for name, value in (TREE | (method.growth or {})).items():
             setattr(args, name, value)
         args.branch_lookahead, trainer._packed_forward = method.lookahead, method.packed
-    trainer._last_loaded_step = -1  # a new run: the weights are pushed to vLLM again
     watch = Stopwatch()
     trainer.add_callback(watch)
     trainer.train()
@@ -179,7 +138,15 @@ def main() -> None:
     )
     dataset = Dataset.from_list([{"prompt": entry["question"]} for entry in entries])
     path = warm_model(args.layers, args.hidden, entries, args.warm_steps)
-    grpo, ibtpo = make_trainers(path, args.questions, args.max_length, dataset)
+    grpo, ibtpo = make_trainers(
+        path,
+        reward,
+        dataset,
+        args.questions,
+        max_steps=2,
+        max_completion_length=args.max_length,
+        vllm_max_model_length=PROMPT_TOKENS + args.max_length,
+    )
     runs: list[list[dict]] = [[] for _ in METHODS]
     with tqdm(total=args.repeats * len(METHODS), unit="run") as progress:
         for repeat in range(args.repeats):  # interleaved: every repeat measures every method

@@ -41,24 +41,24 @@ def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def tiny_qwen3(tokenizer, *, tie_word_embeddings: bool = False, layers: int = 2, hidden: int = 32) -> Qwen3ForCausalLM:
+def tiny_qwen3(tokenizer, *, layers: int = 2, hidden: int = 32, **changes) -> Qwen3ForCausalLM:
     """A random Qwen3 that writes line feeds and stops often enough to make trees of several steps."""
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,  # the smallest that vLLM's CPU attention takes
-        max_position_embeddings=256,
-        tie_word_embeddings=tie_word_embeddings,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return Qwen3ForCausalLM(config)
+    options = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,  # the smallest that vLLM's CPU attention takes
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return Qwen3ForCausalLM(Qwen3Config(**options | changes))
 
 
 def save_tiny(path, tokenizer, **kwargs) -> str:

@@ -11,10 +11,8 @@ limit; what they do not score in time is unknown, as if they had returned None. 
 
 import asyncio
 import concurrent.futures
-import math
 import textwrap
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -25,28 +23,13 @@ import numpy as np
 import torch
 from torch import nn
 from transformers.utils import logging
-from trl.data_utils import apply_chat_template, is_conversational
 from trl.trainer.utils import is_async_callable
 
+from .reward_calls import RewardFunctionError, call_async, call_function, limited, score_with_model
 from .success import Success
-from .time_limit import TimeLimitExceeded, call_within, can_interrupt
+from .time_limit import TimeLimitExceeded
 
 logger = logging.get_logger(__name__)
-
-LARGEST = float(np.finfo(np.float32).max)  # TRL computes with rewards of this precision
-
-
-class RewardFunctionError(RuntimeError):
-    """A reward function raised or returned something that is not one number (or None) per completion.
-
-    Args:
-        message: what is wrong.
-        details: lines that end the text of the error, such as a traceback.
-    """
-
-    def __init__(self, message: str, details: str = ""):
-        super().__init__(message + details)
-        self.details = details
 
 
 @dataclass
@@ -158,7 +141,7 @@ class RewardScorer:
         # Asynchronous functions first: they run while the synchronous ones compute.
         for index, func in enumerate(self._reward_funcs):
             if not isinstance(func, nn.Module) and is_async_callable(func):
-                coroutine = _await(func, call.arguments, self._timeout)
+                coroutine = call_async(func, call.arguments, self._timeout)
                 future = asyncio.run_coroutine_threadsafe(coroutine, self._event_loop)
                 call.pending[future] = index
         self._calls.append(call)
@@ -194,9 +177,18 @@ class RewardScorer:
     def _run_synchronous(self, call: _Call) -> None:
         for index, func in enumerate(self._reward_funcs):
             if isinstance(func, nn.Module):
-                self._record(call, index, lambda index=index: self._run_model(index, call.arguments))
+                compute = partial(
+                    score_with_model,
+                    func,
+                    self._reward_processing_classes[index],
+                    call.arguments,
+                    self._chat_template_kwargs,
+                    self._device,
+                )
+                self._record(call, index, compute)
             elif not is_async_callable(func):
-                self._record(call, index, self._limited(index, partial(func, **call.arguments)))
+                compute = partial(func, **call.arguments)
+                self._record(call, index, limited(self._reward_names[index], compute, self._timeout))
 
     def _run_postponed(self) -> None:
         """Let synchronous functions see what they have not seen, in one call unless a time limit may cut it short."""
@@ -269,18 +261,6 @@ class RewardScorer:
                 future.cancel()
         self._calls = []
 
-    def _limited(self, index: int, compute: Callable[[], Any]) -> Callable[[], Any]:
-        """A synchronous function with its time limit, if there is one."""
-        if self._timeout is None:
-            return compute
-        if not can_interrupt():
-            raise ValueError(
-                f"`reward_timeout` is {self._timeout}, but the reward function '{self._reward_names[index]}' cannot "
-                "be interrupted here: that takes POSIX signals, which only reach the main thread. Train in the main "
-                "thread, make the function `async`, or set `reward_timeout=None`."
-            )
-        return partial(call_within, self._timeout, compute)
-
     def _wait(self, futures: list[concurrent.futures.Future]) -> None:
         """Wait until one of `futures` is done; each ends by its limit, unless something blocks the event loop."""
         longest = None
@@ -296,59 +276,12 @@ class RewardScorer:
             )
 
     def _record(self, call: _Call, index: int, compute: Callable[[], Sequence[float | None]]) -> None:
-        name = self._reward_names[index]
         try:
-            values = compute()
+            numbers = call_function(self._reward_names[index], compute, call.arguments, len(call.rows))
         except TimeLimitExceeded:
             self.timed_out[call.rows, index] = True
-            return
-        except Exception as error:
-            raise RewardFunctionError(
-                f"The reward function '{name}' raised {type(error).__name__}: {error}\n"
-                f"while scoring {len(call.rows)} completions, the first for the prompt "
-                f"{call.arguments['prompts'][0]!r}.{_hint(error, call.arguments['completions'][0])}\n",
-                details=f"Original traceback:\n{''.join(traceback.format_exception(error))}",
-            ) from error
-        try:
-            if isinstance(values, (str, dict)):  # iterable, but not over rewards
-                raise TypeError
-            numbers = [_number(value) for value in values]
-        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-            raise RewardFunctionError(
-                f"The reward function '{name}' returned {values!r}; it must return a list with one number or None "
-                "per completion."
-            ) from error
-        if len(numbers) != len(call.rows):
-            raise RewardFunctionError(
-                f"The reward function '{name}' returned {len(numbers)} rewards, but {len(call.rows)} were expected: "
-                "one per completion."
-            )
-        for value in numbers:
-            if abs(value) > LARGEST:
-                raise RewardFunctionError(
-                    f"The reward function '{name}' returned {value}; a reward must be a finite number, or None where "
-                    "there is none."
-                )
-        self.rewards[call.rows, index] = numbers
-
-    def _run_model(self, index: int, arguments: dict[str, Any]) -> list[float]:
-        """Score with a sequence-classification model: its first logit."""
-        prompts, completions = arguments["prompts"], arguments["completions"]
-        processing_class = self._reward_processing_classes[index]
-        if is_conversational({"prompt": prompts[0]}):
-            texts = [
-                apply_chat_template({"messages": prompt + completion}, processing_class, **self._chat_template_kwargs)[
-                    "text"
-                ]
-                for prompt, completion in zip(prompts, completions, strict=True)
-            ]
         else:
-            texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-        batch = processing_class(
-            text=texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False
-        ).to(self._device)
-        with torch.inference_mode():
-            return self._reward_funcs[index](**batch).logits[:, 0].float().tolist()
+            self.rewards[call.rows, index] = numbers
 
     def _log_extra(self, rows: list[int], column: str, values: Sequence[Any]) -> None:
         cells = self.extra_columns.setdefault(column, [None] * len(self._inputs))
@@ -356,30 +289,3 @@ class RewardScorer:
             raise ValueError(f"log_extra('{column}') got {len(values)} values for {len(rows)} completions.")
         for row, value in zip(rows, values, strict=True):
             cells[row] = value
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, str):  # `float` would read it
-        raise TypeError
-    return math.nan if value is None else float(value)
-
-
-def _hint(error: Exception, completion: Any) -> str:
-    """For the commonest mistake of all: a function written for chat messages or for text gets the other."""
-    if not isinstance(error, (TypeError, AttributeError)):
-        return ""
-    if isinstance(completion, str):
-        return " Completions are text here, since prompts are: `completion`, not `completion[0]['content']`."
-    return " Completions are lists of messages here, since prompts are: `completion[0]['content']` is the text."
-
-
-async def _await(func: Callable, arguments: dict[str, Any], timeout: float | None) -> Sequence[float | None]:
-    task = asyncio.ensure_future(func(**arguments))
-    try:
-        # Unlike `wait_for`, this tells the limit from a TimeoutError of the function's own.
-        await asyncio.wait([task], timeout=timeout)
-        if not task.done():
-            raise TimeLimitExceeded
-        return task.result()
-    finally:
-        task.cancel()  # where the limit or the scorer ended the wait; nothing happens to a task that is done
