@@ -117,7 +117,8 @@ def generated_part(results: Results) -> str:
     """Everything on the page that depends on rows."""
     if not results.complete:
         return "Not known: no run is done yet.\n"
-    parts = [first_line(results, task) for task in results.tasks()[:1]]
+    first = results.tasks()[0]
+    parts = [first_line(results, first), what_follows(results, first)]
     parts.append(
         "Figures are differences in points of accuracy with their 95% intervals; see below for what was measured.\n"
     )
@@ -127,7 +128,8 @@ def generated_part(results: Results) -> str:
     ]
     for task in results.tasks():
         if any(difference(results, task, *pair, "area").count > 1 for _, *pair in PARTS):
-            parts += [f"Task `{task}`:\n", part_table(results, task), what_follows(results, task)]
+            parts += [f"Task `{task}`:\n", part_table(results, task)]
+            parts += [] if task == first else [what_follows(results, task)]
     for task in results.tasks():
         complete = any(run.task == task for run in results.complete)
         parts += [f"## Task `{task}`\n", claim_list(results, task)]

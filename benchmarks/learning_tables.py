@@ -34,7 +34,7 @@ CLAIMS = [
 PARTS = [
     ("a tree, branched at random", "random", "grpo_8"),
     ("branching where the policy is least confident, in place of at random", "confidence", "random"),
-    ("branching by IB-Score, in place of confidence", "ib_no_local", "confidence"),
+    ("branching by IB-Score, again at a step too, in place of confidence", "ib_no_local", "confidence"),
     ("the local advantage", "ibtpo", "ib_no_local"),
     ("`once` on the confidence tree", "confidence_once", "confidence"),
     ("`sampled` on the confidence tree", "confidence_sampled", "confidence"),
