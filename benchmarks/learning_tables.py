@@ -30,7 +30,23 @@ CLAIMS = [
     ("the weight `sampled`", "confidence_sampled", "confidence"),
 ]
 
-# Those of them that the claims are about; the others are controls and variants.
+# What each part of a method adds, in the order in which a tree is made: the part, with it, without it.
+PARTS = [
+    ("a tree, branched at random", "random", "grpo_8"),
+    ("branching where the policy is least confident, in place of at random", "confidence", "random"),
+    ("branching by IB-Score, again at a step too, in place of confidence", "ib_no_local", "confidence"),
+    ("the local advantage", "ibtpo", "ib_no_local"),
+    ("`once` on the confidence tree", "confidence_once", "confidence"),
+    ("`sampled` on the confidence tree", "confidence_sampled", "confidence"),
+    ("`once` on the IB tree", "ib_once", "ib_no_local"),
+    ("`once` on the random tree", "random_once", "random"),
+    ("more completions a question, without a tree", "grpo_12", "grpo_8"),
+    ("an adaptive budget, without a tree", "grpo_adaptive", "grpo_8"),
+    ("an adaptive budget on the confidence tree", "confidence_adaptive", "confidence"),
+    ("training the most uncertain tokens alone, without a tree", "grpo_8_top_entropy", "grpo_8"),
+]
+
+# Methods that the claims are about; the others are controls and variants.
 MAIN = [name for name in METHODS if any(name in claim[1:] for claim in CLAIMS)]
 # What is logged while a method trains, beside what its model can do.
 DYNAMICS = {"entropy": "entropy", "effective_rate": "effective rate", "covariance": "covariance"}
@@ -169,6 +185,21 @@ def claim_table(results: Results, task: str) -> str:
         judged = verdict(row["area"], row["p_area"])
         rows.append([name, row["final"].count, final, p_values[0], area, p_values[1], judged])
     return markdown(header, rows)
+
+
+def part_table(results: Results, task: str) -> str:
+    """What each part adds to the area by its paired runs; judged by its own interval, without correction."""
+    rows = []
+    for part, method, base in PARTS:
+        area = difference(results, task, method, base, "area")
+        if area.count < 2:
+            judged = "not known"
+        elif area.low > 0:
+            judged = "it helps"
+        else:
+            judged = "it hurts" if area.high < 0 else "not told from nothing"
+        rows.append([part, area.count, area.text(sign=True) if area.count else "-", judged])
+    return markdown(["part", "pairs", "area, points", "so"], rows)
 
 
 def dynamics(results: Results, task: str) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser
 from trl.rewards import accuracy_reward
 
+from benchmarks.learning_methods import METHODS
 from trl_ibtpo import IBTPOConfig
 from trl_ibtpo.i2b_lpo import I2B_LPO
 
@@ -371,7 +372,8 @@ def test_recipe(recipe, tmp_path):
         assert {name: getattr(constructed, name) for name in I2B_LPO} == I2B_LPO
     else:
         assert (args.beta, args.temperature, args.top_p, args.top_k) == (0.001, 0.7, 0.95, 20)
-        assert (args.ib_beta, args.ib_coef) == (5.0, 0.1)
+        measured = METHODS["confidence_sampled"].settings if args.branching == "confidence" else {"ib_coef": 0.1}
+        assert {name: getattr(args, name) for name in measured} == measured and args.ib_beta == 5.0
     assert args.num_train_epochs == 1
     assert script_args.dataset_name and model_args.model_name_or_path
     if not model_args.use_peft:
@@ -391,4 +393,4 @@ def test_accelerate_config(path):
 
 def test_every_kind_is_there():
     assert [path.stem for path in ACCELERATE_CONFIGS] == ["deepspeed_zero2", "deepspeed_zero3", "fsdp2", "multi_gpu"]
-    assert len(RECIPES) == 5
+    assert len(RECIPES) == 6

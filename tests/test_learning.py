@@ -165,6 +165,41 @@ def test_a_second_reader_finds_the_same_in_the_tables_of_the_page(results_file):
                 assert [float(word) for word in shown] == pytest.approx(ratios, abs=6e-3)
 
 
+def test_a_second_reader_finds_the_same_of_every_part(results_file):
+    results, checked = learning_tables.load(results_file), 0
+    for task in results.tasks():
+        table = cells(learning_tables.part_table(results, task))
+        assert len(table) == len(learning_tables.PARTS)
+        for part, method, base in learning_tables.PARTS:
+            ours, theirs = (second_reader(results_file, task, name, "area") for name in (method, base))
+            pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+            count, area, judged = table[part]
+            assert int(count) == len(pairs)
+            if len(pairs) < 2:
+                assert (area, judged) == ("-", "not known")
+                continue
+            mean, low, high = interval(pairs)
+            assert numbers(area) == pytest.approx([mean, low, high], abs=0.06)
+            told = {"it helps": low > -0.01, "it hurts": high < 0.01, "not told from nothing": low < 0.01 > -high}
+            assert told[judged]
+            checked += 1
+    assert checked or results_file != learning.RESULTS
+
+
+def test_settings_are_named_where_a_method_was_shown_to_be_better(tmp_path):
+    lines = []
+    for seed in range(6):
+        for method, area in (("grpo_8", 0.3), ("confidence_sampled", 0.4 + 0.001 * seed), ("ibtpo", 0.2)):
+            named = {"task": "chain7", "method": method, "seed": seed}
+            lines += [{**named, "event": "started"}, {**named, "final": area, "area": area + 1e-4 * seed**2}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = learning_report.what_follows(learning_tables.load(path), "chain7")
+    assert "`shared_token_weight='sampled'`" in said and "IB-TPO" not in said
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines if line["method"] != "confidence_sampled"))
+    assert "no method was shown" in learning_report.what_follows(learning_tables.load(path), "chain7")
+
+
 def test_pictures_show_what_the_rows_say(tmp_path):
     file = small_file(tmp_path / "rows.jsonl")
     results = learning_tables.load(file)
