@@ -14,12 +14,12 @@ from test_growth import Splitter
 from test_scores import NAN, build, trees
 
 from trl_ibtpo import IBTPOTrainer
-from trl_ibtpo.branching import Pivot, contrast, make_strategy, segments, shrunken_density, turn_entropy
+from trl_ibtpo.branching import Pivot, contrast, make_strategy, marked, segments, shrunken_density, turn_entropy
 from trl_ibtpo.engines.base import Rollout
 from trl_ibtpo.grown_tree import GrowthSettings
 from trl_ibtpo.scores import score_tree
 from trl_ibtpo.segments import SegmentGrower
-from trl_ibtpo.training import checkpoints
+from trl_ibtpo.training import checkpoints, checks
 from trl_ibtpo.tree import RolloutTree
 from trl_ibtpo.tree_grower import TreeGrower
 
@@ -146,6 +146,59 @@ def test_nothing_is_branched_after_the_answer_begins(marker, prefix):
     steps.next_requests()
     sampled(steps, 0, [1, 4, 1, 40, 1, 1], [-1.0, -1.0, -1.0, -1.0, -5.0, -5.0])
     assert steps.next_requests()[0].prefix_ids == [9, *([1, 4, 1, 40] if marker is None else [1, 4])]
+
+
+class Running:
+    """An engine in which another rollout is on its way."""
+
+    def __init__(self, token_ids):
+        self.token_ids = token_ids
+
+    def generated(self, request_id):
+        return len(self.token_ids)
+
+    def partial(self, request_id, start, stop):
+        return self.token_ids[start:stop], [-1.0] * (stop - start)
+
+
+@pytest.mark.parametrize(("marker", "prefix"), [(None, [1, 40, 2, 4, 1, 4]), (["answer"], [7, 8])])
+def test_nor_while_its_rollout_is_still_running(marker, prefix):
+    growth = GrowthSettings(2, 2, 1, 1, answer_marker=marker, branch_lookahead=1, max_completion_length=20)
+
+    @marked(uses_rewards=False)
+    def last(tree, scores, rng):
+        return tree.ends()
+
+    grower = TreeGrower([9], growth, MarkedSplitter(), strategy=last)
+    grower.next_requests()
+    sampled(grower, 1, [7, 8, *[5] * 8], [-1.0] * 10)
+    (request,) = grower.next_requests(Running([1, 40, 2, 4, 1, 4, 1, 8, 1, 1, 1]))
+    assert request.prefix_ids == [9, *prefix]
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_entropies_are_known_of_what_joins_the_tree_early(answered):
+    """A strategy sees the tokens of a running rollout with their entropies, or not at all yet."""
+    seen = []
+
+    @marked(uses_rewards=False, uses_entropies=True)
+    def look(tree, scores, rng):
+        seen.append(tree.token_entropies().tolist())
+        return tree.ends()
+
+    growth = GrowthSettings(2, 2, 1, 1, branch_lookahead=1, max_completion_length=20)
+    grower = TreeGrower([9], growth, Splitter(), strategy=look)
+    grower.next_requests()
+
+    def add(leaf, ids):
+        grower.add_rollout(leaf, Rollout((0, leaf), ids, [-1.0] * len(ids), entropies=[0.5] * len(ids)))
+
+    other = [1, 4, 1, 4, 1, 4, 1]
+    if answered:  # further by the tree's clock than the first one's end
+        add(1, other)
+    add(0, [7, 8, 5])
+    grower.next_requests(Running(other))
+    assert seen == [[0.5] * (5 if answered else 3)]
 
 
 # ----- segments ------------------------------------------------------------------------------------------------------
@@ -383,9 +436,13 @@ def test_a_function_given_to_the_trainer_chooses_the_steps(model_path, config):
         ("confidence", {}, TypeError, "`branching` of the trainer is 'confidence'; give a function"),
         (Learner, {}, TypeError, "give a function"),
         (Learner(), {"branching": "independent"}, ValueError, "'Learner', but `branching` of the configuration is"),
+        *[
+            (Learner(), {"branching": name}, ValueError, f"is '{name}', which shapes trees .* Leave the field out")
+            for name in ("surprisal", "entropy_fork", "segments")
+        ],
         (
             lambda tree, scores, rng: scores.density,
-            {"branching": "random", "shared_token_weight": "sampled"},
+            {"shared_token_weight": "sampled"},
             ValueError,
             "the function '<lambda>' does not say that it leaves them alone",
         ),
@@ -394,6 +451,11 @@ def test_a_function_given_to_the_trainer_chooses_the_steps(model_path, config):
 def test_what_cannot_be_a_strategy_is_refused(model_path, config, branching, fields, error, message):
     with pytest.raises(error, match=message):
         IBTPOTrainer(model_path, tiny.even_length, config(**fields), tiny.questions(), branching=branching)
+
+
+def test_a_function_without_rewards_goes_with_sampled_weights(config):
+    """The configuration alone does not know of it."""
+    checks.check_strategy(marked(uses_rewards=False)(lambda *arguments: None), config(shared_token_weight="sampled"))
 
 
 def test_a_function_must_not_go_by_the_name_of_a_strategy(model_path, config):

@@ -267,6 +267,69 @@ def test_environments_are_closed_once_when_training_ends_with_an_error(path, con
     assert ("_restore of Frail" in caplog.text) == (environment is Frail)
 
 
+class Reluctant(agents.Copied):
+    """Does not end where it is closed after an action."""
+
+    alive: list[agents.Counter] = []  # noqa: RUF012
+
+    def _close(self):
+        super()._close()
+        while self.history:
+            time.sleep(0.01)
+
+
+def test_closing_has_a_limit(path, config, caplog):
+    fields = {"environment_branching": "deepcopy", "tool_timeout": 0.05, "tree_levels": 2}
+    trainer, _ = build(path, config, Reluctant, {**fields, "per_device_train_batch_size": 5})
+    with caplog.at_level("WARNING"):
+        trainer.grow_trees([agents.rows()[0]])
+    assert not Reluctant.alive
+    assert "Closing the environment Reluctant took longer than `tool_timeout`." in caplog.text
+
+
+class Wrapped(agents.Counter):
+    """Its action goes by another name than its class has for it."""
+
+    def add(self, by: int) -> str:
+        """
+        Add to the number.
+
+        Args:
+            by: How much.
+        """
+        return super().add(by)
+
+    add.__name__ = add.__qualname__ = "increase"
+
+
+def test_actions_are_found_by_their_function(path, config):
+    trainer, recorder = build(path, config, Wrapped, {"max_steps": 1})
+    trainer.script = lambda rng, turns: "Go.\n\n" + (agents.call("increase", by=2) if not turns else "")
+    trainer.train()
+    assert all(value == seed + 2 * len(history) > seed for seed, _, value, history in recorder.seen) and recorder.seen
+
+
+class Judge:
+    """Offers no tools."""
+
+    def reset(self, seed: int, **kwargs) -> str:
+        self.seed = seed
+        return f"Say {seed}."
+
+    def get_reward(self) -> float:
+        return self.seed / 10
+
+
+def test_an_environment_without_tools(path, config):
+    fields = {"tree_levels": 2, "max_completion_length": 20, "max_steps": 1, "per_device_train_batch_size": 5}
+    args = config(**{**TREE, **fields})
+    trainer = Trainer(path, None, args, agents.rows(), processing_class=agents.tokenizer(), environment_factory=Judge)
+    for _ in range(2):
+        (grown,) = trainer.grow_trees([agents.rows()[3]])
+        assert grown.tree.success == pytest.approx([0.3] * 5)
+        trainer.train()
+
+
 class Undecided(agents.Counter):
     def reset(self, **kwargs):
         super().reset(random.randint(0, 10**9))
@@ -285,6 +348,11 @@ class Half(agents.Counter):
         return None
 
 
+class Coroutine(agents.WithSnapshots):
+    async def _restore(self, state):
+        super()._restore(state)
+
+
 class Locked(agents.Counter):
     def __init__(self):
         super().__init__()
@@ -295,6 +363,7 @@ class Locked(agents.Counter):
     ("environment", "fields", "words"),
     [
         (Half, {}, "Half defines `_snapshot` but not `_restore`"),
+        (Coroutine, {}, "`_restore` of the environment Coroutine is asynchronous, .* Make it a plain `def`"),
         (Locked, {"environment_branching": "deepcopy"}, "a copy of the environment Locked cannot be made: TypeError"),
     ],
 )

@@ -1,5 +1,8 @@
 """I2B-LPO as a whole: branches with latents, what the loss is told of how they were sampled, and three steps of it."""
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import tiny
@@ -9,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from trl_ibtpo import IBTPOConfig, IBTPOTrainer
 from trl_ibtpo.i2b_lpo import I2B_LPO
+from trl_ibtpo.training.generation import TreeGeneration
 
 SHAPE = {
     "tree_initial_rollouts": 2,
@@ -192,6 +196,28 @@ def test_the_constructor_sets_what_it_says(tmp_path):
         str(tmp_path), use_cpu=True, bf16=False, paths_kept=1, latent_mode="none", temperature=1.0
     )
     assert (changed.num_generations, changed.latent_mode, changed.temperature, changed.top_p) == (8, "none", 1.0, 0.9)
+
+
+def test_a_prior_has_the_policy_while_trees_grow():
+    """It reads hidden states, with vLLM too, of weights that may be sharded."""
+    entered = []
+
+    @contextmanager
+    def policy():
+        entered.append(True)
+        yield
+
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(use_vllm=True, fork_entropy="exact", latent_mode="softmax", latent_prior="a/folder"),
+        vllm_mode="colocate",
+        vllm_generation=SimpleNamespace(enable_sleep_mode=False),
+        _strategy=None,
+        _sync_vllm=lambda: None,
+        _vllm_engine=lambda: "the engine",
+        _policy=policy,
+    )
+    with TreeGeneration._engine(trainer) as engine:
+        assert engine == "the engine" and entered
 
 
 @pytest.mark.parametrize(

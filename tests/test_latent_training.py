@@ -167,6 +167,12 @@ def test_what_the_command_refuses(trained, capsys):
     for arguments, message in refused:
         assert main(arguments) in (1, 2)
         assert message in capsys.readouterr().err
+    rows = folder / "rows.jsonl"
+    before = rows.read_text()
+    rows.write_text(before.replace("one, ", "two, ", 1))
+    assert main(command(folder, "out")) == 2
+    rows.write_text(before)
+    assert "holds a run on other rows than --dataset_name" in capsys.readouterr().err
     other = make(LlamaConfig, hidden_size=64)
     with pytest.raises(ValueError, match=r"hidden states have 32 entries; this one's have 64"):
         LatentSource(Strength(), folder=folder / "out").attach(other, "psa")

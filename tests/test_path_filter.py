@@ -266,6 +266,7 @@ def test_scores_by_answer_are_those_of_the_model(model_path, config):
         ({"branch_lookahead": 2}, "`branch_lookahead` is 2, but `path_filter` compares branches that are whole"),
         ({"num_generations": 8}, r"`num_generations` is 8, .* 2 \* \(1 \+ 1\) = 4, of 8 that are sampled"),
         ({"adaptive_budget": 1}, "which has no rounds of the whole tree"),
+        ({"shared_token_weight": "sampled"}, "'sampled', .* but `path_filter` is 'advantage': it keeps the branches"),
     ],
 )
 def test_what_does_not_go_with_a_filter(config, fields, words):
@@ -280,3 +281,5 @@ def test_a_dataset_without_answers_is_refused(model_path, config):
     trainer = make(model_path, config, "pmi")
     with pytest.raises(ValueError, match="The column 'solution' of `train_dataset` holds None"):
         trainer.grow_trees([{**tiny.questions()[0], "solution": None}])
+    with pytest.raises(ValueError, match="The column 'solution' of `train_dataset` holds None"):
+        trainer.grow_trees([tiny.questions()[0]])  # a stream's rows are seen here first

@@ -101,6 +101,15 @@ def test_a_stuck_function_has_no_opinion_on_the_leaves_of_its_call(caplog):
     ]
 
 
+def test_a_prompt_may_be_the_environments(caplog):
+    inputs = [{"seed": row} for row in range(6)]  # its rows have none then
+    scorer = make_scorer(lambda **kwargs: time.sleep(LONG), timeout=0.05, inputs=inputs, prompts=["go"] * 6)
+    scorer.submit([leaf(0, 0)])
+    scorer.collect(wait=True)
+    scorer.warn_of_timeouts()
+    assert "for 1 of 6 completions; prompts: 1, the first 'go'." in caplog.text
+
+
 def test_a_stuck_async_function_is_cancelled_and_the_others_go_on(event_loop):
     stuck, quick = Gate("stuck"), Gate("quick")
     scorer = make_scorer(quick, stuck, timeout=0.2, event_loop=event_loop)

@@ -73,6 +73,11 @@ def test_a_function_of_all_rewards():
     assert str(found) == "`success_func` 'right'"
 
 
+def test_a_function_is_not_asked_about_what_has_no_reward():
+    found = Success(["one", "two"], func=lambda rewards: rewards["one"] > 0.5)
+    assert found([[1, np.nan], [np.nan, np.nan]]).tolist() == pytest.approx([1, np.nan], nan_ok=True)
+
+
 @pytest.mark.parametrize(
     "func, message",
     [

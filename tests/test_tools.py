@@ -1,6 +1,8 @@
 """Training with tools and environments over several turns: equal to TRL where no tree is grown."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 
@@ -11,6 +13,7 @@ import torch
 from trl import GRPOTrainer
 
 from trl_ibtpo import IBTPOTrainer
+from trl_ibtpo.training import time_limit
 from trl_ibtpo.training.rewards import RewardFunctionError
 from trl_ibtpo.training.time_limit import LimitedCalls, LimitReached, TooManyStuckCalls
 
@@ -38,6 +41,7 @@ def many_turns(rng, turns):
         agents.call("add", a=1),
         agents.call("double", b=1),
         "<tool_call>{not json</tool_call>",
+        '<tool_call>{"name": "add", "arguments": [1, 2]}</tool_call>',
     ]
     if turns and rng.random() < 0.4:
         return f"It is {rng.randint(0, 9)}."
@@ -233,6 +237,9 @@ def test_tools_of_one_trajectory_do_not_hold_up_another(path, config):
         with lock:
             running += 1
             most.append(running)
+        deadline = time.monotonic() + 10  # a busy machine takes a while to get as far as the last of them
+        while max(most) < wanted and time.monotonic() < deadline:
+            time.sleep(0.005)
         time.sleep(0.05)
         with lock:
             running -= 1
@@ -244,8 +251,9 @@ def test_tools_of_one_trajectory_do_not_hold_up_another(path, config):
     trainer = build_tree(path, config, [work], script, {"tree_initial_rollouts": 6})
     for trainer.args.tool_concurrency in (2, 32):
         most.clear()
+        wanted = min(trainer.args.tool_concurrency, 6)
         trainer.grow_trees(list(agents.rows(1)))
-        assert max(most) == min(trainer.args.tool_concurrency, 6)
+        assert max(most) == wanted
 
 
 def test_an_image_from_a_tool_is_refused(path, config):
@@ -287,6 +295,78 @@ def test_calls_that_cannot_be_interrupted_do_not_collect():
     assert calls.call("adds", lambda: 2) == 2
 
 
+def test_what_is_stuck_is_counted_over_all_batches(path, config):
+    """Of 64 that may be stuck, a batch here leaves 16."""
+    held = threading.Event()
+
+    def wait(a: int) -> str:
+        """
+        Wait for something that is not Python code.
+
+        Args:
+            a: Not used.
+        """
+        held.wait()
+
+    def script(rng, turns):
+        return f"{rng.random()}" + (agents.call("wait", a=1) if turns == 0 else "")
+
+    fields = {"tool_timeout": 0.02, "tree_initial_rollouts": 16, "tree_levels": 1}
+    trainer = build_tree(path, config, [wait], script, fields)
+    try:
+        with pytest.raises(RuntimeError, match=r"65 calls still run after their limit of 0\.02 seconds: wait\."):
+            for _ in range(6):
+                trainer.grow_trees(list(agents.rows(1)))
+    finally:
+        held.set()
+
+
+def test_no_call_begins_after_the_batch_has_ended(path, config):
+    """Of two calls in a turn, the second; a reward function failed while the first one ran."""
+    calls, ended = [], threading.Event()
+
+    def act(a: int) -> str:
+        """
+        Act.
+
+        Args:
+            a: When.
+        """
+        calls.append(a)
+        ended.wait(10)
+        return "done"
+
+    def script(rng, turns):
+        return f"{rng.random()}" + (agents.call("act", a=1) + agents.call("act", a=2) if rng.random() < 0.5 else "")
+
+    def fail(**kwargs):
+        raise ValueError("no")
+
+    trainer = build_tree(path, config, [act], script, {"branching": "ib", "tree_initial_rollouts": 6}, rewards=fail)
+    with pytest.raises(RewardFunctionError):
+        trainer.train()
+    ended.set()
+    deadline = time.monotonic() + 10
+    while any(each.name.startswith("tools") for each in threading.enumerate()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert calls and set(calls) == {1}
+
+
+def test_a_call_that_never_returns_keeps_no_process_from_ending():
+    code = """
+import runpy, sys, time
+threads = runpy.run_path(sys.argv[1])["DaemonThreads"](1, "tools")
+futures = [threads.submit(divmod, 7, 2), threads.submit(divmod, 1, 0)]
+futures += [threads.submit(time.sleep, 1000), threads.submit(print, "never")]
+assert futures[0].result() == (3, 1) and isinstance(futures[1].exception(), ZeroDivisionError)
+time.sleep(0.1)
+threads.close()
+assert futures[2].running() and futures[3].cancelled()
+"""
+    run = subprocess.run([sys.executable, "-c", code, time_limit.__file__], timeout=30, capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
 def test_evaluation_is_trl_s(path, config):
     fields = {**FLAT, "max_completion_length": 300, "max_steps": 1, "num_generations_eval": 2}
     logged = []
@@ -306,6 +386,10 @@ def test_evaluation_is_trl_s(path, config):
             eval_dataset=agents.rows(4),
         )
         found = trainer.evaluate()
+        if base is IBTPOTrainer:
+            alive = set(agents.Counter.alive)
+            trainer.predict(trainer.eval_dataset)
+            assert set(agents.Counter.alive) == alive  # those of TRL's trainer, which closes none
         logged.append({name: value for name, value in found.items() if "runtime" not in name and "second" not in name})
     limited = {name: value for name, value in logged[2].items() if not name.endswith("/timeouts")}
     assert logged[1] == pytest.approx(logged[0]) and limited == pytest.approx(logged[0])

@@ -2,6 +2,9 @@
 
 import math
 import random
+import threading
+import time
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import test_growth
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trl_ibtpo.engines.turns import TurnEngine
 from trl_ibtpo.grown_tree import GrowthSettings
 from trl_ibtpo.growth import drive
 from trl_ibtpo.steps import turn_ends
@@ -116,3 +120,48 @@ def test_a_branch_that_cannot_go_back_starts_at_the_question():
     assert any(len(request.prefix_ids) > 1 for request in engine.requests)
     assert grower.tree.branch_steps == [0] * 5
     assert [grower.tree.trajectory(leaf)[0] for leaf in (2, 3, 4)] == [[1, 4, 5]] * 3
+
+
+def test_a_tool_does_not_hold_up_a_tree_that_gets_its_rewards():
+    """The second tree's tool answers only when the first tree, whose rewards come a little later, has gone on."""
+    went_on, asked = threading.Event(), Future()
+
+    class Host:
+        def begin(self, request):
+            return None
+
+        def respond(self, request_id, token_ids):
+            return asked if request_id == (1, 0) else None
+
+        def abort(self):
+            went_on.set()
+
+    class Watched(test_growth.Engine):
+        max_length, clock = None, "tokens"
+
+        def submit(self, requests):
+            super().submit(requests)
+            if any(request.request_id[0] == 0 and request.request_id[1] > 0 for request in requests):
+                went_on.set()
+
+        def choose(self):
+            return sorted(self.in_flight)
+
+    class Later(test_growth.Scorer):
+        known = time.monotonic() + 0.2
+
+        def collect(self, wait):
+            return super().collect(wait) if wait or time.monotonic() > self.known else []
+
+    def answer():
+        went_on.wait(10)
+        asked.set_result(None)
+
+    settings = GrowthSettings(tree_initial_rollouts=1, tree_levels=2, max_completion_length=40)
+    growers = [TreeGrower(prompt, settings, test_growth.Splitter(), (0, i)) for i, prompt in enumerate([[1], [2]])]
+    inner = Watched(0)
+    thread, start = threading.Thread(target=answer), time.monotonic()
+    thread.start()
+    drive(growers, TurnEngine(inner, Host()), Later(inner))
+    thread.join()
+    assert time.monotonic() - start < 5

@@ -201,18 +201,8 @@ def _check_budget(config: Any) -> None:
         )
 
 
-SAMPLED_BY_REWARD = (
-    "`shared_token_weight` is 'sampled', which takes the children of a step for equal samples of the policy, but "
-    "`branching` is {!r}, which looks at rewards: a step that is branched because its first answers were right has "
-    "children whose answers are right more often than the policy's. Use `branching='confidence'` or 'random', or "
-    "`shared_token_weight='once'`."
-)
-
-
 def _check_credit(config: Any) -> None:
     """Combinations that would train on something else than they say."""
-    if config.shared_token_weight == "sampled" and config.branches_by_reward:
-        raise ValueError(SAMPLED_BY_REWARD.format(config.branching))
     if config.shared_token_weight != "per_trajectory" and config.advantage == "treerl":
         raise ValueError(
             f"`shared_token_weight` is {config.shared_token_weight!r}, but `advantage='treerl'` weighs shared "

@@ -54,6 +54,12 @@ def check_paths(args: Any) -> None:
             f"each initial rollout has (tree_levels - 1) * tree_nodes_per_level * tree_branches_per_node = "
             f"{branches} branches. Raise `tree_branches_per_node` for more, or leave `path_filter` out to keep all."
         )
+    if args.shared_token_weight == "sampled":
+        raise ValueError(
+            "`shared_token_weight` is 'sampled', which takes the children of a step for equal samples of the policy, "
+            f"but `path_filter` is {args.path_filter!r}: it keeps the branches that are better than others. Use "
+            "`shared_token_weight='first'` or 'once', or leave `path_filter` out."
+        )
     if args.branch_lookahead:
         raise ValueError(
             f"`branch_lookahead` is {args.branch_lookahead}, but `path_filter` compares branches that are whole. "

@@ -47,6 +47,7 @@ from .training.reward_checks import resolve_reward_funcs
 from .training.rewards import RewardScorer
 from .training.step_check import describe_escapes
 from .training.success import Success, SuccessFunction
+from .training.time_limit import LimitedCalls
 from .training.tools import ToolHost
 from .viewing.recorder import TreeLog
 
@@ -82,9 +83,8 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
 
     Args:
         model, reward_funcs, args, train_dataset, eval_dataset, processing_class, kwargs:
-            As in [`~trl.GRPOTrainer`], with [`IBTPOConfig`] for `args`. `tools`, `environment_factory` and
-            `rollout_func` are not supported: a tree branches inside a single completion. `reward_funcs` also takes
-            the names of functions in `trl.rewards`.
+            As in [`~trl.GRPOTrainer`], with [`IBTPOConfig`] for `args`. `rollout_func` is not supported: it samples
+            whole completions by itself. `reward_funcs` also takes the names of functions in `trl.rewards`.
         success_func:
             Says how right a completion is, in place of `success_reward`: gets its rewards as a dict from the names of
             the reward functions to numbers (`None` where there is none), and returns True or False, a number in
@@ -164,7 +164,7 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
         if self.use_vllm and self.vllm_mode == "colocate" and runs_on_cpu():
             self.vllm_generation = CPUVLLMGeneration.adopt(self.vllm_generation)
         measures = uses_entropies(self._strategy) and args.fork_entropy == "exact"
-        forward = measures or args.path_filter == "pmi" or args.latent_mode == "psa"
+        forward = measures or args.path_filter == "pmi" or args.latent_mode == "psa" or args.latent_prior is not None
         refuse_sharded_growth(self._dist, args, self.reward_funcs, forward=forward)
         check_process_share(args, self.accelerator.num_processes)
         self._attach_latents()
@@ -180,6 +180,7 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
         self._token_advantages: list[TokenAdvantages] = []
         self._scorer: RewardScorer | None = None
         self._host: ToolHost | None = None
+        self._limited_calls = LimitedCalls(args.tool_timeout)  # those of tools and environments
         self._prompts: list = []  # of the generation batch being made, one per row
         self._all_rewards: torch.Tensor | None = None  # of all processes, as the next
         self._all_sizes: list[int] = []  # leaves of each tree
@@ -200,6 +201,12 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
     def evaluate(self, *args: Any, **kwargs: Any):
         try:
             return super().evaluate(*args, **kwargs)
+        finally:
+            self._close_environments_between_runs()
+
+    def predict(self, *args: Any, **kwargs: Any):
+        try:
+            return super().predict(*args, **kwargs)
         finally:
             self._close_environments_between_runs()
 

@@ -356,10 +356,7 @@ class TreeGrower:
         entropies = (rollout.entropies or [])[grafted:]
         ends = turn_ends(self._splitter.ends, token_ids, logprobs)
         self.tree.extend(branch.leaf, token_ids, logprobs, ends, entropies)
-        if self.settings.answer_marker:
-            answer = self._splitter.first(branch.prefix + rollout.token_ids, self.settings.answer_marker)
-            if answer is not None:
-                self._answers[branch.leaf] = answer
+        self._look_for_answer(branch)
         if self.waits_for_rewards:
             self.tree.add_reward(branch.leaf, branch.reward)
         self._pending.remove(branch)
@@ -372,14 +369,25 @@ class TreeGrower:
         start, stop = branch.grafted, self._now - branch.start
         if self._clock == "polls" or stop <= start:
             return
+        entropies = []
         if branch.rollout is not None:
             token_ids, logprobs = branch.rollout.token_ids[start:stop], branch.rollout.logprobs[start:stop]
-        elif self._clock == "arrival":
+            entropies = (branch.rollout.entropies or [])[start:stop]
+        elif self._clock == "arrival" or self._asks_for_entropies(branch.leaf):  # which come with the whole rollout
             return
         else:
             token_ids, logprobs = engine.partial((self.name, branch.leaf), start, stop)
         # The last is not complete, as far as one knows.
         ends = turn_ends(self._splitter.ends, token_ids, logprobs)[:-1]
         if ends:
-            self.tree.extend(branch.leaf, token_ids[: ends[-1]], logprobs[: ends[-1]], ends)
-            branch.grafted += ends[-1]
+            length = ends[-1]
+            self.tree.extend(branch.leaf, token_ids[:length], logprobs[:length], ends, entropies[:length])
+            branch.grafted += length
+            self._look_for_answer(branch)
+
+    def _look_for_answer(self, branch: _Branch) -> None:
+        """Note where the answer begins in what the tree has of a rollout."""
+        if self.settings.answer_marker and branch.leaf not in self._answers:
+            so_far = self.tree.prefix(self.tree.leaves[branch.leaf])
+            if (answer := self._splitter.first(so_far, self.settings.answer_marker)) is not None:
+                self._answers[branch.leaf] = answer

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def run(argv: Sequence[str]) -> int:
     folder = Path(args.output_dir)
     work = folder / "training"
     rows, left_out = _rows(args)
-    _same_settings(args, work / "settings.json")
+    _same_settings(args, rows, work / "settings.json")
     held_out = min(HELD_OUT, len(rows) // 10)
     train_rows, test_rows = rows.halves(held_out)
     model = _load_model(args.model)
@@ -81,7 +82,8 @@ def run(argv: Sequence[str]) -> int:
         with _progress(len(rows), "Embeddings", "row") as advance:
             made = embed(model, rows, args.seed, args.batch_size, advance)
         found = {"conditions": made.conditions, "whole": made.whole}
-        save_file(found, kept)
+        save_file(found, kept.with_suffix(".partial"))
+        kept.with_suffix(".partial").replace(kept)  # whole, or not at all
     train_part, test_part = (
         Embeddings(found["conditions"][part], found["whole"][part])
         for part in (slice(len(train_rows)), slice(len(train_rows), None))
@@ -149,13 +151,19 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _same_settings(args: Any, path: Path) -> None:
-    """Raise where a folder holds a run of other settings, except for how long it is."""
+def _same_settings(args: Any, rows: Any, path: Path) -> None:
+    """Raise where a folder holds a run of other settings or rows, except for how long it is."""
     given = {
         name: value for name, value in vars(args).items() if name not in ("steps", "injection_steps", "output_dir")
     }
+    digest = sha256(repr((rows.questions, rows.rationales)).encode()).hexdigest()
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
+        if before.pop("rows", digest) != digest:
+            raise UsageError(
+                f"--output_dir {str(path.parent.parent)!r} holds a run on other rows than --dataset_name "
+                f"{args.dataset_name!r} has now. Give another folder."
+            )
         for name, value in given.items():
             # Projections may be asked for once the prior is there.
             if before.get(name) != value and not (name == "injection" and before.get(name) == "none"):
@@ -164,7 +172,7 @@ def _same_settings(args: Any, path: Path) -> None:
                     f"{value}. Give another folder."
                 )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(given, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({**given, "rows": digest}, indent=1) + "\n", encoding="utf-8")
 
 
 def _rows(args: Any) -> tuple[Any, int]:

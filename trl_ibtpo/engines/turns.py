@@ -16,6 +16,8 @@ import numpy as np
 
 from .base import Rollout, RolloutEngine, RolloutRequest
 
+PATIENCE = 0.05  # seconds that a poll waits for the host: another tree may meanwhile get its rewards, and go on
+
 
 class TurnHost(Protocol):
     """What turns are taken against: tools and environments. A future that raises ends the generation of all trees."""
@@ -89,7 +91,7 @@ class TurnEngine:
         if self._sampling:
             finished += self._end_turns(self._inner.poll())
         elif not finished and self._waiting:
-            wait(self._waiting, return_when=FIRST_COMPLETED)
+            wait(self._waiting, PATIENCE, return_when=FIRST_COMPLETED)
             finished += self._continue()
         return finished
 

@@ -6,7 +6,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from ..advantages import ADVANTAGES
-from ..branching import STRATEGIES, uses_entropies, uses_rewards
+from ..branching import STRATEGIES, rounds_of, uses_entropies, uses_rewards
 from .dataset_checks import check_columns, check_dataset, first_row
 from .generation_checks import check_generation_kwargs, check_server_address, check_vllm, check_vllm_arguments
 from .model_checks import check_model, check_path
@@ -97,9 +97,19 @@ def check_advantage(advantage: Any, args: GRPOConfig) -> None:
         )
 
 
+SAMPLED_BY_REWARD = (
+    "`shared_token_weight` is 'sampled', which takes the children of a step for equal samples of the policy, but "
+    "`branching` is {!r}, which looks at rewards: a step that is branched because its first answers were right has "
+    "children whose answers are right more often than the policy's. Use `branching='confidence'` or 'random', or "
+    "`shared_token_weight='once'`."
+)
+
+
 def check_strategy(strategy: Any, args: GRPOConfig) -> None:
-    """Raise where what the trainer got as `branching` cannot choose steps."""
+    """Raise where what the trainer got as `branching` cannot choose steps, or rewards choose that may not."""
     if strategy is None:
+        if args.shared_token_weight == "sampled" and args.branches_by_reward:
+            raise ValueError(SAMPLED_BY_REWARD.format(args.branching))
         return
     if not callable(strategy) or isinstance(strategy, type):
         raise TypeError(
@@ -116,6 +126,12 @@ def check_strategy(strategy: Any, args: GRPOConfig) -> None:
         raise ValueError(
             f"`branching` of the trainer is the function '{name_of(strategy)}', but `branching` of the configuration "
             "is 'independent', which never asks one. Leave the field out."
+        )
+    if rounds_of(args.branching) != "tree":
+        raise ValueError(
+            f"`branching` of the trainer is the function '{name_of(strategy)}', but `branching` of the configuration "
+            f"is {args.branching!r}, which shapes trees in a way that no function of your own does. Leave the field "
+            "out."
         )
     if args.shared_token_weight == "sampled" and uses_rewards(strategy):
         raise ValueError(

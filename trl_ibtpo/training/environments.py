@@ -14,6 +14,7 @@ tool. One more is optional, `_close()`: it is called once for every instance, on
 """
 
 import copy
+import inspect
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -48,6 +49,12 @@ def check_environment(environment: Any, otherwise: EnvironmentBranching) -> None
                 "returns the state, `_restore(state)` goes back to it. Define both, or neither: then "
                 "`environment_branching` says how branches get their environment."
             )
+    for method in ("_snapshot", "_restore", "_close"):
+        if inspect.iscoroutinefunction(getattr(environment, method, None)):
+            raise ValueError(
+                f"`{method}` of the environment {name} is asynchronous, and a call alone would do nothing. Make it a "
+                "plain `def`, which may wait for what it needs: it does not run on the event loop."
+            )
     if rung_of(environment, otherwise) == "deepcopy":
         try:
             close(copy.deepcopy(environment))
@@ -59,13 +66,15 @@ def check_environment(environment: Any, otherwise: EnvironmentBranching) -> None
             ) from error
 
 
-def close(environment: Any) -> None:
+def close(environment: Any, limit: LimitedCalls | None = None) -> None:
     """Close an environment that can be closed; an error is a warning, since others are still to be closed."""
     closing = getattr(environment, "_close", None)
     if closing is None:
         return
     try:
-        closing()
+        closing() if limit is None else limit.call("_close", closing)
+    except LimitReached:
+        logger.warning(f"Closing the environment {type(environment).__name__} took longer than `tool_timeout`.")
     except Exception as error:
         logger.warning(f"Closing the environment {type(environment).__name__} raised {type(error).__name__}: {error}.")
 
@@ -113,7 +122,7 @@ class Environments:
         with self._keeping:
             copies, self._copies = self._copies or [], None
         for environment in copies:
-            close(environment)
+            close(environment, self._limit)
 
     def _copy(self, environment: Any) -> Any:
         copied = self._call(environment, "deepcopy", lambda: copy.deepcopy(environment))
@@ -121,7 +130,7 @@ class Environments:
             if self._copies is not None:
                 self._copies.append(copied)
                 return copied
-        close(copied)  # the batch ended while it was made
+        close(copied, self._limit)  # the batch ended while it was made
         raise EnvironmentFailed("the generation batch has ended")
 
     def _call(self, environment: Any, what: str, call: Callable[[], Any]) -> Any:

@@ -24,6 +24,7 @@ from .model_checks import check_prompt
 from .path_filter import PathFilter
 from .policy_engine import PolicyEngine
 from .rewards import RewardScorer
+from .time_limit import LimitedCalls
 from .tools import ToolHost
 
 
@@ -32,6 +33,7 @@ class TreeGeneration(PathFilter, PolicyEngine):
 
     _last_batch = (-1, 0)  # optimizer step, and which of its generation batches
     _growing_alone = False  # `grow_trees` is at work
+    _limited_calls: LimitedCalls  # those of tools and environments
 
     def _next_batch(self) -> int:
         """Which generation batch of its optimizer step the coming one is; 0 where a step needs but one."""
@@ -53,7 +55,7 @@ class TreeGeneration(PathFilter, PolicyEngine):
         """
         check_rows(rows, self.tools, self.environment_factories)
         inputs = [deepcopy(row) for row in rows for _ in range(self.num_generations)]  # functions may edit them
-        if self.tools:
+        if self.tools or self.environment_factories is not None:
             grown, scorer = self._grow_over_turns(inputs)
         else:
             prompt_ids, images, _ = self._tokenize_prompts([row["prompt"] for row in inputs])
@@ -84,7 +86,7 @@ class TreeGeneration(PathFilter, PolicyEngine):
         """Close the environments that TRL keeps to use them again, outside of a training run; it makes new ones."""
         for pool in {} if self.is_in_train else getattr(self, "_environment_pool", {}).values():
             for environment in pool:
-                close(environment)
+                close(environment, self._limited_calls)
             pool.clear()
 
     def _generate(self, prompts: list) -> tuple:

@@ -33,7 +33,7 @@ class PathFilter:
                 scores = [self._scores_by_advantage(*each) for each in zip(whole, rewards_LF, strict=True)]
             else:
                 first_rows = [rows[start] for start in range(0, len(rows), len(rows) // len(whole))]
-                scores = self._scores_by_answer(whole, [row[self.args.answer_column] for row in first_rows])
+                scores = self._scores_by_answer(whole, [row.get(self.args.answer_column) for row in first_rows])
         grown, kept_rows, start = [], [], 0
         for each, scores_L, given in zip(whole, scores, rewards_LF, strict=True):
             kept = best_paths(each.tree, scores_L, self.args.paths_kept)

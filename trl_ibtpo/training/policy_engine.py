@@ -35,7 +35,8 @@ class PolicyEngine(LatentBranches):
                 stack.enter_context(_awake(self.vllm_generation) if colocated else closing(engine))
                 measures = uses_entropies(self._strategy) and self.args.fork_entropy == "exact"
                 steers = self.args.latent_mode == "psa"
-                model = stack.enter_context(self._policy()) if measures or steers else None
+                asks = measures or steers or self.args.latent_prior is not None  # a prior reads hidden states
+                model = stack.enter_context(self._policy()) if asks else None
                 if measures:
                     measure = partial(self._token_entropies, model)
                     engine = TeacherForcedEntropies(engine, measure, self.args.per_device_train_batch_size)

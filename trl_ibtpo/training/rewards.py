@@ -247,7 +247,8 @@ class RewardScorer:
         """Name each function that left completions unscored because of its time limit."""
         for index in np.flatnonzero(self.timed_out.any(axis=0)):
             rows = np.flatnonzero(self.timed_out[:, index])
-            prompts = [repr(self._inputs[row]["prompt"]) for row in rows]
+            said = [row["prompt"] for row in self._inputs] if self._prompts is None else self._prompts
+            prompts = [repr(said[row]) for row in rows]
             logger.warning(
                 f"The reward function '{self._reward_names[index]}' did not answer within `reward_timeout` "
                 f"({self._timeout} seconds) for {len(rows)} of {len(self._inputs)} completions; "

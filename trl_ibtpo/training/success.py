@@ -138,6 +138,8 @@ class Success:
         return np.where(np.isnan(values_L), np.nan, right_L)
 
     def _judge(self, rewards_F: np.ndarray) -> float:
+        if np.isnan(rewards_F).all():  # unscored, which GRPO leaves out as well
+            return np.nan
         given = {
             name: None if np.isnan(reward) else float(reward)
             for name, reward in zip(self.names, rewards_F, strict=True)

@@ -1,17 +1,20 @@
-"""Interrupt a synchronous call that takes too long.
+"""Interrupt a synchronous call that takes too long, in the main thread (`call_within`) or beside it (`LimitedCalls`).
 
-The call stays in the main thread and is interrupted there by a signal. A worker thread that is merely waited for
-would not do: what graders get stuck in (one regular expression that backtracks without end, one power of huge
+In the main thread a call is interrupted by a signal. For graders a worker thread that is merely waited for would not
+do: what graders get stuck in (one regular expression that backtracks without end, one power of huge
 integers) holds the interpreter, so that no other thread runs at all. It does check for signals, but only in the main
 thread.
 """
 
 import ctypes
+import queue
 import signal
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -130,6 +133,50 @@ class LimitedCalls:
                     ctypes.c_ulong(thread.ident), ctypes.py_object(TimeLimitExceeded)
                 )
             return len(self._stuck)
+
+
+class DaemonThreads:
+    """Runs calls in threads that keep no process from ending, whatever they are in.
+
+    Those of `ThreadPoolExecutor` do: Python waits for them before it exits, for ever where a call never returns.
+
+    Args:
+        most: calls that run at the same time.
+        name: what the names of the threads begin with.
+    """
+
+    def __init__(self, most: int, name: str):
+        self._most, self._name = most, name
+        self._calls: queue.SimpleQueue = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+
+    def submit(self, function: Callable[..., T], *args: Any) -> "Future[T]":
+        future: Future[T] = Future()
+        self._calls.put((future, function, args))
+        if len(self._threads) < self._most:
+            name = f"{self._name}-{len(self._threads)}"
+            self._threads.append(threading.Thread(target=self._work, daemon=True, name=name))
+            self._threads[-1].start()
+        return future
+
+    def close(self) -> None:
+        """Begin no further call, and wait for none."""
+        with suppress(queue.Empty):
+            while True:
+                if (call := self._calls.get_nowait()) is not None:
+                    call[0].cancel()
+        for _ in self._threads:
+            self._calls.put(None)
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            future, function, args = call
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(*args))
+                except BaseException as error:
+                    future.set_exception(error)
+            del call, future, function, args  # nothing is kept of a call while the next is waited for
 
 
 class LimitReached(Exception):

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Any, Protocol
 
 from trl import GRPOTrainer
@@ -68,9 +68,10 @@ class OneIteration:
         for name, tool in tools.items():
             method = self._host.method(self._row, tool)
             if method is None and self._recorded is not None:
-                prepared[name] = partial(call, name, self._repeat(name, call), False)
+                limited = partial(call, name, self._repeat(name, call), False)
             else:
-                prepared[name] = partial(call, name, method or tool, method is not None)
+                limited = partial(call, name, method or tool, method is not None)
+            prepared[name] = update_wrapper(limited, tool)  # Python's errors name the tool, as those of TRL's call do
         return prepared
 
     def _repeat(self, name: str, call: Callable) -> Callable:
@@ -85,6 +86,8 @@ class OneIteration:
         return repeat
 
     def _call(self, name: str, tool: Callable, of_environment: bool, /, **arguments: Any) -> Any:
+        if self._host.stopped:  # by an error elsewhere, between two calls of one turn
+            raise RuntimeError("The generation batch has ended.")
         try:
             return self._checked(self._host.limit.call(name, lambda: tool(**arguments)))
         except LimitReached as error:

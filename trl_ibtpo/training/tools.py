@@ -9,10 +9,9 @@ it was at the end of its prefix.
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from transformers.utils import logging
@@ -21,7 +20,7 @@ from trl.chat_template_utils import parse_response
 
 from ..engines.base import RolloutRequest
 from .environments import EnvironmentFailed, Environments, close, same_prompt
-from .time_limit import LimitedCalls, LimitReached, TooManyStuckCalls
+from .time_limit import DaemonThreads, TooManyStuckCalls
 from .tool_calls import NO_TOOL_IMAGES, OneIteration
 
 logger = logging.get_logger(__name__)
@@ -79,7 +78,7 @@ class ToolHost:
         args = trainer.args
         self.conversations: dict[int, Conversation] = {}  # of each row
         self.restored = self.replayed = self.mismatches = self.timeouts = 0
-        self.limit = LimitedCalls(args.tool_timeout)
+        self.limit = trainer._limited_calls  # of all batches, so that what is stuck is counted over the run
         self.environments: Environments | None = None
         self._as_reset = list(trainer.environments or [])  # which TRL's tools are methods of
         if trainer.environments is not None:
@@ -94,7 +93,7 @@ class ToolHost:
         self.tasks: set[asyncio.Task] = set()
         self._discarded: set[int] = set()  # rows whose broken environment is closed
         self.stopped = False  # nothing may start any more
-        self._threads = ThreadPoolExecutor(args.tool_concurrency, thread_name_prefix="tools")
+        self._threads = DaemonThreads(args.tool_concurrency, "tools")
 
     # ----- the host's side of `TurnEngine` ---------------------------------------------------------------------------
 
@@ -141,7 +140,7 @@ class ToolHost:
 
     def close(self) -> None:
         """End the threads and close what was copied; whoever makes a host closes it."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
         self.limit.interrupt_stuck()
         if self.environments is not None:
             self.discard_broken()
@@ -173,10 +172,7 @@ class ToolHost:
             broken = self._as_reset[row]
             pool = self._trainer._environment_pool[self._trainer._batch_environments[row]]
             pool[:] = [environment for environment in pool if environment is not broken]
-            try:
-                self.limit.call("_close", partial(close, broken))
-            except LimitReached:
-                logger.warning(f"Closing the environment {type(broken).__name__} took longer than `tool_timeout`.")
+            close(broken, self.limit)
 
     def completion(self, row: int) -> list[dict[str, Any]]:
         """The messages of a trajectory, which the caller may change."""
@@ -293,7 +289,7 @@ class ToolHost:
         """
         if not self._as_reset or getattr(tool, "__self__", None) is not self._as_reset[row]:
             return None
-        return getattr(self.environments.instances[row], tool.__name__)
+        return tool.__func__.__get__(self.environments.instances[row])
 
     # ----- small things ----------------------------------------------------------------------------------------------
 
