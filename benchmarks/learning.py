@@ -29,7 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of two runs would wait 
 
 from benchmarks import common, learning_tables
 from benchmarks.facts import FactTask
-from benchmarks.learning_methods import FIRST, I2B_LPO, METHODS, SETTINGS, Method, Setting
+from benchmarks.learning_methods import FIRST, I2B_LPO, METHODS, NOISE, SETTINGS, Method, Setting
 from benchmarks.learning_tables import Run
 from benchmarks.tasks import TASKS, Chain
 
@@ -53,10 +53,11 @@ def planned() -> list[Run]:
         ("chain10", weights + choice, range(6)),
         ("chain8", weights + choice, range(6)),
         ("chain12", weights + choice, range(16)),
-        ("chain7", [name for name in METHODS if name not in I2B_LPO], range(2)),
+        ("chain7", [name for name in METHODS if name not in I2B_LPO + NOISE], range(2)),
         ("sums", weights + choice, range(6)),
-        ("chain7", [name for name in METHODS if name not in I2B_LPO], range(6)),
+        ("chain7", [name for name in METHODS if name not in I2B_LPO + NOISE], range(6)),
         ("chain7", I2B_LPO, range(8)),
+        ("chain7", NOISE, range(4)),
     ]
     runs = [Run(task, method, seed) for task, methods, seeds in stages for seed in seeds for method in methods]
     return list(dict.fromkeys(runs))

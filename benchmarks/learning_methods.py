@@ -26,6 +26,7 @@ class Method:
     group: int = 0  # completions of a question in TRL's GRPOTrainer; 0: a tree of this package
     shape: tuple[int, int, int, int] = PAPER
     learning_rate: float = 1.0  # factor
+    noise: bool = False  # rewards by chance instead of the task's
     labels: dict[str, Any] = field(default_factory=dict)  # more keys of the rows of its runs
 
     @property
@@ -101,6 +102,14 @@ METHODS |= {
     "forks_latents": Method("forks and latents", {**FORKS, **LATENTS}, shape=FORK),
     "forks_latents_filter": Method("forks, latents and the filter", {**FORKS, **LATENTS, **FILTER}, shape=FORK),
     "i2b_lpo": Method("I2B-LPO", {**FORKS, **LATENTS, **FILTER, **IBRO}, shape=FORK),
+}
+# What a gradient does that knows nothing of right and wrong.
+NOISE = ("grpo_8_noise", "confidence_sampled_noise")
+METHODS |= {
+    "grpo_8_noise": Method("GRPO, G = 8, rewards by chance", group=8, noise=True),
+    "confidence_sampled_noise": Method(
+        "confidence tree, `sampled`, rewards by chance", METHODS["confidence_sampled"].settings, noise=True
+    ),
 }
 I2B_LPO = ("forks", "forks_latents", "forks_latents_filter", "i2b_lpo")
 

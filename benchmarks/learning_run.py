@@ -6,6 +6,7 @@ generated tokens. The settings below are those of every method; `learning_method
 
 import contextlib
 import math
+import random
 import tempfile
 import time
 from pathlib import Path
@@ -51,6 +52,11 @@ SHAPE = ("tree_initial_rollouts", "tree_levels", "tree_nodes_per_level", "tree_b
 GROUPS_PER_MICRO_BATCH = 8
 
 
+def by_chance(completions, **kwargs) -> list[float]:
+    """A reward that is 1 as often as answers are right at the start, whatever they are; the same for the same text."""
+    return [float(random.Random(each).random() < 0.12) for each in completions]
+
+
 def make_trainer(task: FactTask, method: Method, seed: int, setting: Setting, warm: Path) -> GRPOTrainer:
     tokenizer = AutoTokenizer.from_pretrained(warm)
     rows = task.questions(setting.budget // 100, seed)  # more than any method gets to
@@ -78,7 +84,7 @@ def make_trainer(task: FactTask, method: Method, seed: int, setting: Setting, wa
     model_class = Qwen3ForCausalLM if "latent_mode" in method.settings else QuickQwen3
     trainer = trainer_class(
         model=model_class.from_pretrained(warm, dtype=torch.float32),
-        reward_funcs=task.reward,
+        reward_funcs=by_chance if method.noise else task.reward,
         args=args,
         train_dataset=Dataset.from_list([{name: row[name] for name in ("prompt", *task.COLUMNS)} for row in rows]),
         processing_class=tokenizer,
