@@ -27,7 +27,7 @@ def test_overrides_keep_the_signature_of_trl():
 
 def test_no_private_method_of_trl_is_overridden_by_accident():
     """A new TRL release may add a method whose name this package already uses."""
-    meant = {*hooks.HOOKS, "train", "evaluate", "log", "create_model_card"}
+    meant = {*hooks.HOOKS, "train", "evaluate", "predict", "log", "create_model_card"}
     mine = {name for name, value in MINE.items() if callable(value) and not name.startswith("__")}
     clashes = {name for name in mine - meant if hasattr(GRPOTrainer, name)}
     assert not clashes, f"These names are TRL's too, and would replace its methods: {sorted(clashes)}."
