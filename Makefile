@@ -1,7 +1,7 @@
 # From a fresh clone; each command makes .venv with pinned CPU packages first, where it is missing.
-#   make quickstart   trains a small model on a real task, in about five minutes
-#   make check        format, lint, and the tests of what needs no model: under 30 seconds on two cores
-#   make test         everything CI runs: at most 10 minutes on two cores
+#   make quickstart   trains a small model on a real task, in five to eight minutes
+#   make check        format, lint, and the tests of the pure floors: about 30 seconds
+#   make test         everything CI runs: about 15 minutes on two cores
 #   make docs         the pages as HTML in site/
 PYTHON ?= python3
 BIN := .venv/bin
