@@ -18,6 +18,7 @@ from benchmarks.learning_tables import (
     others,
     part_table,
     run_table,
+    task_table,
     verdict,
 )
 
@@ -122,6 +123,8 @@ def generated_part(results: Results) -> str:
     parts.append(
         "Figures are differences in points of accuracy with their 95% intervals; see below for what was measured.\n"
     )
+    if table := task_table(results):
+        parts += ["The claims on each task, with Holm's correction over those of the task:\n", table]
     parts += [
         "## Which part does it\n",
         "What each part adds to the area, all else equal, judged by its own interval without correction:\n",

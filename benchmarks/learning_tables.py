@@ -187,6 +187,23 @@ def claim_table(results: Results, task: str) -> str:
     return markdown(header, rows)
 
 
+def task_table(results: Results) -> str:
+    """Area of each claim on each task that has pairs, with its verdict; empty where there is one task alone."""
+    judged = {task: claims(results, task) for task in results.tasks()}
+    judged = {task: rows for task, rows in judged.items() if any(row["area"].count > 1 for row in rows)}
+    if len(judged) < 2:
+        return ""
+    table = []
+    for number, (question, method, base) in enumerate(CLAIMS):
+        cells = []
+        for rows in judged.values():
+            area, p = rows[number]["area"], rows[number]["p_area"]
+            pairs = f"{area.text(sign=True)}, {area.count} pairs: " if area.count > 1 else ""
+            cells.append(pairs + verdict(area, p))
+        table.append([f"{question}: {name_of(method)} - {name_of(base)}", *cells])
+    return markdown(["what it adds, points of area", *(f"`{task}`" for task in judged)], table)
+
+
 def part_table(results: Results, task: str) -> str:
     """What each part adds to the area by its paired runs; judged by its own interval, without correction."""
     rows = []

@@ -186,6 +186,39 @@ def test_a_second_reader_finds_the_same_of_every_part(results_file):
     assert checked or results_file != learning.RESULTS
 
 
+def test_a_second_reader_finds_the_same_of_every_task(tmp_path):
+    """The same rows as those of a second task, with one method's area shifted by a point."""
+    lines = []
+    for task, shift in (("chain7", 0.0), ("chain10", 0.01)):
+        for seed in range(4):
+            for method, area in (("grpo_8", 0.3), ("confidence_sampled", 0.4 + 0.001 * seed + shift), ("ibtpo", 0.302)):
+                named = {"task": task, "method": method, "seed": seed}
+                lines += [{**named, "event": "started"}, {**named, "final": area, "area": area + 1e-3 * seed**2}]
+    lines.append({"task": "sums", "method": "grpo_8", "seed": 0, "event": "started"})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for file in (path, learning.RESULTS):
+        results, checked = learning_tables.load(file), 0
+        text = learning_tables.task_table(results)
+        tasks = re.findall(r"`(\w+)`", text.splitlines()[0])
+        assert file == learning.RESULTS or tasks == ["chain7", "chain10"]
+        table = cells(text)
+        for question, method, base in learning_tables.CLAIMS:
+            name = f"{question}: {learning_tables.name_of(method)} - {learning_tables.name_of(base)}"
+            for task, shown in zip(tasks, table[name], strict=True):
+                ours, theirs = (second_reader(file, task, each, "area") for each in (method, base))
+                pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+                if len(pairs) < 2:
+                    assert shown == "not known"
+                    continue
+                figures, judged = shown.split(f", {len(pairs)} pairs: ")
+                assert numbers(figures) == pytest.approx(interval(pairs), abs=0.06)
+                row = next(row for row in learning_tables.claims(results, task) if row["question"] == question)
+                assert judged == learning_tables.verdict(row["area"], row["p_area"])
+                checked += 1
+        assert checked
+
+
 def test_settings_are_named_where_a_method_was_shown_to_be_better(tmp_path):
     lines = []
     for seed in range(6):
