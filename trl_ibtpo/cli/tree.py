@@ -13,6 +13,8 @@ from .common import Parser, UsageError, say_written
 
 # Fields of IBTPOConfig that are arguments here, with their types, defaults and help there.
 CONFIG_FIELDS = [field.name for field in dataclasses.fields(GrowthSettings)]
+for name in ("adaptive_budget", "path_filter"):  # of several questions, and of what is trained on
+    CONFIG_FIELDS.remove(name)
 CONFIG_FIELDS += ["step_delimiter", "temperature", "top_p", "top_k"]
 
 
