@@ -88,6 +88,12 @@ def main(task_args: TaskArguments, training_args: IBTPOConfig, model_args: Model
         }
         for entry in task
     ]
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
     trainer = IBTPOTrainer(
         model=model_args.model_name_or_path,
         reward_funcs=right_answer,

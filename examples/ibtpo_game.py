@@ -71,6 +71,12 @@ def main(task_args: TaskArguments, training_args: IBTPOConfig, model_args: Model
     task = reasoning_gym.create_dataset("rush_hour", size=task_args.task_size, seed=0, max_moves=task_args.max_moves)
     prompt = [{"role": "user", "content": RULES}]
     rows = [{"prompt": prompt, "board": entry["metadata"]["board_config"]} for entry in task]
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
     trainer = IBTPOTrainer(
         model=model_args.model_name_or_path,
         args=training_args,

@@ -22,6 +22,7 @@ Use the adapter, or merge it into the base model:
     model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-1.7B-Base")
     model = PeftModel.from_pretrained(model, "Qwen3-1.7B-IBTPO-LoRA")
     model.merge_and_unload().save_pretrained("Qwen3-1.7B-IBTPO-merged")
+    AutoTokenizer.from_pretrained("Qwen3-1.7B-IBTPO-LoRA").save_pretrained("Qwen3-1.7B-IBTPO-merged")
 
 Every field of IBTPOConfig, ModelConfig and ScriptArguments is a flag, and a flag wins over the recipe.
 """

@@ -79,6 +79,7 @@ def test_console_script_is_declared():
     setup.read(ROOT / "setup.cfg")
     name, value = setup["options.entry_points"]["console_scripts"].strip().split(" = ")
     assert name == "trl-ibtpo"
+    assert "math-verify" in setup["options"]["install_requires"], "evaluate, tree --answer and the quickstart grade"
     assert EntryPoint(name, value, "console_scripts").load() is main
 
 
@@ -93,6 +94,7 @@ def test_tree_takes_fields_of_the_config():
     changed = {"tree_levels": 3, "ib_beta": 2.0, "allow_root_branching": True, "allow_repeated_branching": False}
     assert {name: args[name] for name in changed} == changed
     assert type(args["ib_beta"]) is float
+    assert not {"adaptive_budget", "path_filter"} & set(args), "they are about several questions, and about training"
 
 
 # ----- doctor --------------------------------------------------------------------------------------------------------
@@ -168,8 +170,8 @@ def test_train_leaves_the_working_directory_importable(training, tmp_path, monke
         "    from beside_rewards import even_length\n"
         "    return even_length(completions)\n"
     )
-    Dataset.from_parquet(str(tmp_path / "data" / "train.parquet")).to_json(tmp_path / "rows.jsonl")
-    training[-1] = "rows.jsonl"  # a file will do as well
+    Dataset.from_parquet(str(tmp_path / "data" / "train.parquet")).to_json(tmp_path / "rows[1].jsonl")
+    training[-1] = "rows[1].jsonl"  # a file will do as well
     assert main([*training, "--max_steps", "1", "--reward_funcs", "lazy_rewards.lazy"]) == 0
 
 
@@ -319,6 +321,12 @@ REWARD = ["--reward_funcs", "accuracy_reward"]
         ([*TRAIN, "--reward_funcs", "json.nice"], 2, "'json.nice' cannot be imported"),
         ([*TRAIN[:-2], *REWARD], 2, "--model_name_or_path is missing"),
         ([*TRAIN[:-4], *TRAIN[-2:], *REWARD], 2, "--dataset_name is missing"),
+        ([*TRAIN, "--config", "bad.yaml"], 2, "while parsing"),
+        (
+            [*TRAIN, *REWARD, "--dataset_name", "disk", "--eval_strategy", "steps"],
+            2,
+            "`eval_strategy` is 'steps', but --dataset_name 'disk' was saved without splits",
+        ),
         ([*TRAIN, *REWARD, "--dataset_train_split", "all"], 1, "The dataset has no split 'all'; it has: train"),
         (
             [*TRAIN, *REWARD, "--dataset_name", "rows.jsonl"],
@@ -345,6 +353,8 @@ REWARD = ["--reward_funcs", "accuracy_reward"]
 def test_wrong_input_is_one_line(arguments, code, message, model_path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny.questions(4).to_parquet(tmp_path / "data" / "train.parquet")
+    tiny.questions(4).save_to_disk(tmp_path / "disk")
+    (tmp_path / "bad.yaml").write_text("a: [1\n")
     (tmp_path / "data.jsonl").write_text('{"question": "What is 3 + 4?", "answer": "7"}\n')
     (tmp_path / "words.jsonl").write_text(
         '{"question": "a", "answer": "7"}\n{"question": "Which day?", "answer": "Tuesday"}\n'

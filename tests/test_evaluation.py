@@ -90,7 +90,7 @@ def test_figures_equal_a_hand_count(command, engine, tmp_path, capfd):
     assert json.loads((tmp_path / "samples.json").read_text())["settings"]["chat_template"] is False
 
 
-def test_a_run_goes_on_where_it_was_stopped(command, tmp_path, capsys):
+def test_a_run_goes_on_where_it_was_stopped(command, guesser, tmp_path, capsys):
     assert main(command(name="whole")) == 0
     whole = (tmp_path / "whole.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
@@ -102,10 +102,16 @@ def test_a_run_goes_on_where_it_was_stopped(command, tmp_path, capsys):
     # Nothing is left to sample.
     assert main(command(name="cut")) == 0
     assert (tmp_path / "cut.jsonl").read_bytes() == whole
-    capsys.readouterr()
+    assert f"50 of 50 questions come from {tmp_path / 'cut.jsonl'}" in capsys.readouterr().err
     assert main(command("--seed", "1", name="cut")) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "cut.jsonl was made with other settings (seed: 0 there, 1 now)" in error
+    assert (tmp_path / "cut.jsonl").read_bytes() == whole
+    weights = Path(guesser) / "model.safetensors"
+    before = weights.stat()
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns + 1))  # trained further, in the same folder
+    assert main(command(name="cut")) == 1
+    assert "cut.jsonl was made with other settings (model_files: " in capsys.readouterr().err.splitlines()[-1]
     assert (tmp_path / "cut.jsonl").read_bytes() == whole
 
 
@@ -226,6 +232,21 @@ def test_tasks_of_the_harness(guesser, tmp_path, capsys):
     assert main([*arguments, "--json", str(tmp_path / "resumed.json")]) == 0
     assert (tmp_path / "resumed.json").read_text() == (tmp_path / "whole.json").read_text()
 
+    # A task file that changed asks or grades otherwise.
+    task = tmp_path / "tasks" / "digits.yaml"
+    task.write_text(task.read_text().replace("{{question}}", "{{question}} "))
+    capsys.readouterr()
+    assert main(arguments) == 1
+    assert "samples.jsonl was made with other settings (task_files: " in capsys.readouterr().err.splitlines()[-1]
+    # Only the whole corpus has a figure.
+    task.write_text(
+        task.read_text().replace("metric: exact_match, aggregation: mean", "metric: bleu, aggregation: bleu")
+    )
+    arguments[arguments.index("--samples") + 1] = str(tmp_path / "bleu.jsonl")
+    assert main(arguments) == 1
+    assert "gives no number for a question of 'tiny_digits'" in capsys.readouterr().err.splitlines()[-1]
+    assert len((tmp_path / "bleu.jsonl").read_text().splitlines()) == 2, "found after one pass"
+
     arguments[arguments.index("transformers")] = "vllm"
     arguments[arguments.index("--samples") + 1] = str(tmp_path / "other.jsonl")
     assert main(arguments) == 1
@@ -284,7 +305,20 @@ def test_grading(answer, completion, right):
     assert Grader(answer)(completion) == right
 
 
-@pytest.mark.parametrize("answer", ["Answer: -12", "Tuesday", "yes", "sin x", "???", "x^", ""])
+def test_figures_of_any_size_are_not_clipped():
+    # Values 20 and 33: mean 26.5, standard error 6.5.
+    found = estimate("chrf", [20.0, 33.0])
+    assert (found.value, found.low, found.high) == pytest.approx((26.5, 26.5 - 1.959964 * 6.5, 26.5 + 1.959964 * 6.5))
+    assert not found.share and estimate("f1", [0.5, 1.0]).share and not estimate("loss", [-4.4]).share
+    with pytest.raises(ValueError, match="`k` is 0; it must be at least 1"):
+        pass_at_k(4, 2, 0)
+
+
+UNREADABLE = ["Answer: -12", "Tuesday", "yes", "no", "sin x", "ln 2", "2pi", "???", "x^", ""]
+UNREADABLE += ["1e-3", "2.5e10", "2023-01-01", "1/2/2023", "10:30"]
+
+
+@pytest.mark.parametrize("answer", UNREADABLE)
 def test_answers_that_cannot_be_read_are_refused(answer):
     with pytest.raises(ValueError, match=f"math-verify cannot read the answer {re.escape(repr(answer))}"):
         Grader(answer)
@@ -294,6 +328,7 @@ def test_what_was_read():
     assert Grader("7").grade("so it is 7") == (1, "7")
     assert Grader("7").grade("no idea") == (0, None)
     assert Grader(r"Words before \boxed{x + y}").grade(r"\boxed{y+x}")[0] == 1
+    assert Grader("3:2").grade(r"\boxed{\frac{3}{2}}")[0] == Grader("5 cm").grade(r"\boxed{5}")[0] == 1
     assert Grader(r"\text{Tuesday}").grade(r"\boxed{Tuesday}")[0] == Grader("2xy").grade("$2yx$")[0] == 1
 
 
@@ -352,6 +387,10 @@ def test_samples_file_refuses_what_is_not_one(tmp_path):
     (tmp_path / "file").write_text("hello\n")
     with pytest.raises(ValueError, match="is not a samples file"):
         SamplesFile(tmp_path / "file", {})
+    (tmp_path / "file").write_text('{"question": "a file without a line feed"}')
+    with pytest.raises(ValueError, match="is not a samples file"):
+        SamplesFile(tmp_path / "file", {})
+    assert "line feed" in (tmp_path / "file").read_text()
     # Cut within its first line: nothing is lost by starting again.
     (tmp_path / "file").write_text('{"settin')
     SamplesFile(tmp_path / "file", {"seed": 1}).append({"index": 0})

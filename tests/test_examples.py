@@ -335,7 +335,7 @@ def test_the_game_goes_back_to_a_board():
 def test_agents(tmp_path, capsys):
     """They train, with a template that renders tools: one as a process, the other in this one, to save time."""
     folder = tiny.save_tiny(tmp_path / "model", agents.tokenizer())
-    fields = {"model_name_or_path": folder, "task_size": 20, **SMALL}
+    fields = {"model_name_or_path": folder, "task_size": 20, "dtype": "bfloat16", **SMALL}
     logs = run(EXAMPLES / "ibtpo_game.py", tmp_path, **fields)
     assert len(logs) == 2 and all("tools/call_frequency" in entry for entry in logs)
     assert "tree/restored" in logs[0]
@@ -345,7 +345,8 @@ def test_agents(tmp_path, capsys):
     script.main(*parser.parse_args_and_config([*flags, "--output_dir", str(tmp_path / "calculator")]))
     written = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{'loss'")]
     assert len(written) == 2 and all("tools/call_frequency" in line for line in written)
-    assert (tmp_path / "calculator" / "model.safetensors").exists()
+    for name in ("out", "calculator"):
+        assert {each.dtype for each in load_file(tmp_path / name / "model.safetensors").values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("name", ["ibtpo_calculator", "ibtpo_game"])

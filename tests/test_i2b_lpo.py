@@ -196,6 +196,8 @@ def test_the_constructor_sets_what_it_says(tmp_path):
         str(tmp_path), use_cpu=True, bf16=False, paths_kept=1, latent_mode="none", temperature=1.0
     )
     assert (changed.num_generations, changed.latent_mode, changed.temperature, changed.top_p) == (8, "none", 1.0, 0.9)
+    whole = IBTPOConfig.i2b_lpo(str(tmp_path), use_cpu=True, bf16=False, path_filter=None)
+    assert (whole.num_generations, whole.paths_kept) == (16, None)
 
 
 def test_a_prior_has_the_policy_while_trees_grow():

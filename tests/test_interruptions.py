@@ -106,6 +106,24 @@ def test_nothing_to_resume_from(saved, tmp_path):
         checkpoints.to_resume_from(str(tmp_path / "absent" / "checkpoint-7"), "elsewhere")
 
 
+def test_nothing_of_an_earlier_run_is_left_in_a_checkpoint(model_path, tmp_path):
+    """One that was killed while it wrote its manifest, and left a state that TRL writes after transformers' files."""
+    folder = tmp_path / "checkpoint-1"
+    (folder / "global_step1").mkdir(parents=True)
+    for name in (f"{checkpoints.MANIFEST}.tmp", "entropy_ctrl_state.json", "global_step1/rank_0.pt"):
+        (folder / name).write_text("old")
+    args = interrupted_run.arguments(tmp_path, max_steps=1, use_adaptive_entropy=True, **CONSTANT)
+    trainer = IBTPOTrainer(model_path, tiny.even_length, args, tiny.questions())
+    trainer.train(resume_from_checkpoint="False")  # as a command line gives it
+    assert checkpoints.defect(folder) is None
+    listed = set(json.loads((folder / checkpoints.MANIFEST).read_text())["files"])
+    assert "entropy_ctrl_state.json" in listed and not (folder / "global_step1").exists()
+    assert listed | {checkpoints.MANIFEST, "trainer_state.json"} == {path.name for path in folder.iterdir()}
+    (folder / checkpoints.MANIFEST).write_text("{}")
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        trainer.train(resume_from_checkpoint="True")
+
+
 # ----- real processes and real signals -------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """The prior of latents and its training, as the command does it."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -161,6 +162,7 @@ def test_what_the_command_refuses(trained, capsys):
         (command(folder, "out", "--seed", "4"), r"holds a run with --seed 3, not 4"),
         (command(folder, "x", "--question_column", "question"), r"has no column 'question'; it has: q, r"),
         (command(folder, "x", "--max_length", "3"), r"has 0 rows of at most 3 tokens"),
+        (command(folder, "out", "--steps", "40"), r"was trained for 80 steps, more than the 40 that are asked for"),
         (command(folder, "x", "--steps", "0"), r"--steps is 0; give 1 or more"),
         (["latents"], r"give `train` as the first word"),
     ]
@@ -173,6 +175,12 @@ def test_what_the_command_refuses(trained, capsys):
     assert main(command(folder, "out")) == 2
     rows.write_text(before)
     assert "holds a run on other rows than --dataset_name" in capsys.readouterr().err
+    weights = folder / "model" / "model.safetensors"
+    written = weights.stat()
+    os.utime(weights, ns=(written.st_atime_ns, written.st_mtime_ns + 1))
+    assert main(command(folder, "out")) == 2
+    os.utime(weights, ns=(written.st_atime_ns, written.st_mtime_ns))
+    assert "holds a run with other weights than --model" in capsys.readouterr().err
     other = make(LlamaConfig, hidden_size=64)
     with pytest.raises(ValueError, match=r"hidden states have 32 entries; this one's have 64"):
         LatentSource(Strength(), folder=folder / "out").attach(other, "psa")

@@ -97,6 +97,12 @@ def test_no_tree_is_claimed_where_none_grew(tmp_path):
     assert "4 independent completions: no tree" in make_card(tmp_path, tree_levels=1)
 
 
+def test_the_card_claims_no_more_than_was_done(tmp_path):
+    assert "grew one tree of 12 trajectories, and every step got its own advantage." in make_card(tmp_path)
+    assert "grew one tree of 12 trajectories on average, and every" in make_card(tmp_path, adaptive_budget=1)
+    assert "grew one tree of 12 trajectories." in make_card(tmp_path, advantage="grpo")
+
+
 def test_weights_from_a_folder_have_no_link(tmp_path):
     card = make_card(tmp_path)
     assert "fine-tuned version of local weights" in card and "huggingface.co/None" not in card

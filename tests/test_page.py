@@ -236,7 +236,12 @@ def test_a_branch_point_says_why(show):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "words"), [("confidence", "Rewards were not looked at"), ("random", "at random")]
+    ("strategy", "words"),
+    [
+        ("confidence", "Rewards were not looked at"),
+        ("random", "at random"),
+        ("entropy_fork", "drawn at random from the 5% of"),
+    ],
 )
 def test_other_strategies_say_why(show, strategy, words):
     record = sample_record(3)

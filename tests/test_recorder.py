@@ -126,8 +126,18 @@ def test_files_are_whole_or_not_there(model_path, config, tmp_path, monkeypatch)
     assert list((tmp_path / "out" / "trees").iterdir()) == []
 
 
-@pytest.mark.parametrize("conversational", [False, True])
-def test_groups_of_trl(model_path, tmp_path, conversational):
+def test_a_tracker_that_fails_does_not_end_a_run(model_path, config, tmp_path, monkeypatch):
+    def fail(*_):
+        raise ConnectionError("the tracker is away")
+
+    monkeypatch.setattr("trl_ibtpo.viewing.recorder.show_in_trackers", fail)
+    run = trainer(model_path, config(log_trees=1, max_steps=1))
+    run.train()
+    assert (tmp_path / "out" / "trees" / "step-000001.jsonl").exists()
+
+
+def flat(model_path, tmp_path, conversational=False, every=2, **fields):
+    """A trainer of TRL's that records its groups of four."""
     names = ("max_completion_length", "report_to", "use_cpu", "bf16", "disable_tqdm", "save_strategy", "logging_steps")
     args = GRPOConfig(
         str(tmp_path / "flat"),
@@ -136,11 +146,27 @@ def test_groups_of_trl(model_path, tmp_path, conversational):
         per_device_train_batch_size=12,
         gradient_checkpointing=False,
         **{name: tiny.FAST[name] for name in names},
+        **fields,
     )
-    run = GRPOTrainer(model_path, [tiny.even_length, tiny.has_letter], args, tiny.questions(64, conversational))
-    run.add_callback(TreeRecorder(run, every=2, count=2))
+    rows = tiny.questions(64, conversational)
+    run = GRPOTrainer(model_path, [tiny.even_length, tiny.has_letter], args, rows, rows.select(range(4)))
+    run.add_callback(TreeRecorder(run, every=every, count=2))
+    return run
+
+
+def test_rows_of_an_evaluation_are_not_recorded(model_path, tmp_path, opened):
+    """The second step trains on what the first generated; TRL's logs hold the evaluation's rows by then."""
+    fields = {"steps_per_generation": 2, "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 16}
+    run = flat(model_path, tmp_path, every=1, gradient_accumulation_steps=1, **fields)
     run.train()
-    library = Library([args.output_dir])
+    assert [entry["step"] for entry in opened(run.args).entries] == [1, 1]
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_groups_of_trl(model_path, tmp_path, conversational):
+    run = flat(model_path, tmp_path, conversational)
+    run.train()
+    library = Library([run.args.output_dir])
     assert [(entry["step"], entry["leaves"]) for entry in library.entries] == [(1, 4), (1, 4), (2, 4), (2, 4)]
     assert library.problems == []
     for number in (2, 3):

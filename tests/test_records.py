@@ -1,5 +1,6 @@
 """Trees as plain data: what a record holds, what comes back, and what readers say of lines that are no records."""
 
+import io
 import json
 import math
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from test_growth import ANY, SETTINGS, grow
 from test_scores import graft, rewarded
 
@@ -124,8 +126,11 @@ def test_a_flat_group_is_a_tree_of_depth_one():
     assert record["leaves"][0]["rewards"] == {"right": 1.0, "form": None}
     assert record["nodes"][0]["density"] == 0.5 and record["leaves"][1]["advantage"] == -1
     assert "nodes.ib_score" in record["missing"] and "nodes.density" not in record["missing"]
+    unscored = record_group(["a", "b", "c"], question="q", rewards={"right": [None, 1.0, 0.0]})
+    assert [node["density"] for node in unscored["nodes"]] == [0.5, None, 1.0, 0.0]
     unknown = record_group(["a", "b"], question="q", rewards={"score": [3.0, -1.0]})  # says nothing of right or wrong
     assert [leaf["success"] for leaf in unknown["leaves"]] == [None, None]
+    assert unknown["nodes"][0]["density"] is None
 
 
 GOOD = dump_record(small_record())
@@ -186,6 +191,22 @@ def test_a_record_of_others_is_read_as_far_as_it_goes():
     summary(record)
     record["mood"] = [math.nan, {"a": math.inf}]
     assert json.loads(dump_record(record))["mood"] == [None, {"a": None}]
+
+
+def test_figures_too_large_for_a_spread_are_left_out():
+    record = parse_record(GOOD)
+    record["nodes"][1]["ib_score"], record["nodes"][2]["ib_score"] = 1e200, -1e200
+    found = summary(record)
+    assert found["score_spread"] is None and found["advantage_spread"] is not None
+
+
+def test_a_trajectory_that_ends_where_another_goes_on_has_its_outcome_in_the_text():
+    record = record_group(["a", " b"], question="q", rewards={"right": [1.0, 0.0]})
+    record["nodes"][2]["parent"] = 1
+    console = Console(width=80, file=io.StringIO())
+    console.print(render_tree(record))
+    lines = console.file.getvalue().splitlines()
+    assert lines[-2].endswith("a  right") and lines[-1].endswith("b  wrong")
 
 
 def test_a_library_lists_without_holding(tmp_path):

@@ -42,8 +42,14 @@ def test_a_page_is_written(run, capsys):
     page = (run / "trees.html").read_text()
     assert page.count('<script type="text/plain" id="t') == 2 and "<title>run</title>" in page
     assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
+    capsys.readouterr()
     assert main(["view", "run/trees/step-000001.jsonl", "--out", "one.html"]) == 0
+    assert capsys.readouterr().out.startswith("1 tree, ")
     assert Path("one.html").read_text().count('<script type="text/plain" id="t') == 1
+    (run / "trees" / "step-000003.jsonl").write_text("{}\n" * 9)
+    assert main(["view", "run"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 7 and said[5] == "4 more lines are left out."
 
 
 def test_one_tree_as_text_and_pictures(run, capsys):
@@ -65,15 +71,22 @@ def test_one_tree_as_text_and_pictures(run, capsys):
         (["view", "run", "--out", "page.txt"], 2, "--out is 'page.txt'; it must end with .html, .png, .svg or .pdf"),
         (["view", "run", "--tree", "1"], 2, "--tree is for --text or for a picture"),
         (["view", "run", "--text", "--tree", "3"], 2, "--tree is 3; there are trees 1 to 2"),
+        (["view", "curves", "--text"], 1, "There are no trees in 'curves'"),
+        (["view", "trees.html"], 2, "'trees.html' is a file to read and the one to write. Name the folder of a run"),
         (["view", "run", "--follow", "--text"], 2, "--follow serves a page; leave --out and --text out"),
     ],
 )
 def test_wrong_arguments_are_one_line(run, capsys, arguments, code, message):
     Path("empty").mkdir()
+    Path("curves").mkdir()
+    for name in ("curves/metrics.jsonl", "metrics.jsonl"):
+        Path(name).write_text('{"step": 1, "reward": 0.5}\n')
+    Path("trees.html").write_text("<html>\n" * 9)
     try:
         found = main(arguments)
     except SystemExit as exit:
         found = exit.code
+    assert Path("trees.html").read_text().startswith("<html>")
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trl-ibtpo")]
     assert found == code and message in line
 

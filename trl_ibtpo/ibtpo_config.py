@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
-from transformers.utils import logging
 from trl import GRPOConfig
 
 from .advantages import ADVANTAGES, CreditSettings
@@ -14,8 +13,6 @@ from .i2b_lpo import I2B_LPO, LATENT_MODES
 from .training.success import parse_rule
 from .values import VALUES
 from .weights import SharedTokenWeight
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -536,15 +533,16 @@ class IBTPOConfig(GRPOConfig):
 
         Sets the fields in `i2b_lpo.I2B_LPO`: a fork in each of 4 rollouts at an uncertain token, 3 branches of each
         steered by latents, the best 2 of them kept, GRPO's advantages with shared prefixes trained once, IBRO's term,
-        and how the released code samples and learns. A line in the log names them.
+        and how the released code samples and learns.
 
         Args:
             output_dir: as ever.
             changes: fields that are set to something else, or in addition.
         """
-        given = ", ".join(f"{name}={value!r}" for name, value in I2B_LPO.items() if name not in changes)
-        logger.info(f"I2B-LPO (arXiv 2601.05870) sets {given}.")
-        return cls(output_dir, **{**I2B_LPO, **changes})
+        values = {**I2B_LPO, **changes}
+        if values["path_filter"] is None and "paths_kept" not in changes:
+            values["paths_kept"] = None
+        return cls(output_dir, **values)
 
     @property
     def growth_settings(self) -> GrowthSettings:

@@ -1,6 +1,7 @@
 """What the commands share: how arguments are read and refused, how datasets are found, and how JSON is written."""
 
 import argparse
+import glob
 import json
 import math
 import sys
@@ -58,7 +59,9 @@ def load_named(dataset_name: str, config: str | None = None, streaming: bool = F
     if folder.suffix in FILE_KINDS:
         if not folder.is_file():
             raise FileNotFoundError(f"--dataset_name is {dataset_name!r}, which is no file here.")
-        return datasets.load_dataset(FILE_KINDS[folder.suffix], data_files=dataset_name, streaming=streaming)
+        return datasets.load_dataset(
+            FILE_KINDS[folder.suffix], data_files=glob.escape(dataset_name), streaming=streaming
+        )
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return datasets.load_from_disk(dataset_name)
     return datasets.load_dataset(dataset_name, name=config, streaming=streaming)

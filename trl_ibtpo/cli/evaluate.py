@@ -76,15 +76,18 @@ def run(argv: Sequence[str]) -> int:
         result = evaluate_task(settings, args.task, args.k, args.samples, engine, args.include_path)
     else:
         result = evaluate(settings, args.data, args.k, args.samples, engine)
-    write_json(args.json, result)
     table = Table("metric", "value", "95% normal interval", title=f"{result['questions']} questions")
     for metric in result["metrics"]:
-        table.add_row(metric["name"], f"{metric['value']:.2%}", f"{metric['low']:.2%} to {metric['high']:.2%}")
+        value, low, high = (
+            f"{metric[name]:.2%}" if metric["share"] else f"{metric[name]:.4g}" for name in ("value", "low", "high")
+        )
+        table.add_row(metric["name"], value, f"{low} to {high}")
     console = Console()
     console.print(table)
     if result.get("cut"):
         console.print(f"{result['cut']:.1%} of the completions were cut at {settings.max_new_tokens} tokens.")
     if result.get("unread"):
         console.print(f"{result['unread']:.1%} of the completions hold no answer that math-verify can read.")
+    write_json(args.json, result)
     say_written(args.samples, args.json)
     return 0

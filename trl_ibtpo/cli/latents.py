@@ -152,17 +152,25 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _same_settings(args: Any, rows: Any, path: Path) -> None:
-    """Raise where a folder holds a run of other settings or rows, except for how long it is."""
+    """Raise where a folder holds a run of other settings, weights or rows, except for how long it is."""
+    from ..evaluation.adapters import model_stamp
+
     given = {
         name: value for name, value in vars(args).items() if name not in ("steps", "injection_steps", "output_dir")
     }
     digest = sha256(repr((rows.questions, rows.rationales)).encode()).hexdigest()
+    weights = model_stamp(args.model)
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
         if before.pop("rows", digest) != digest:
             raise UsageError(
                 f"--output_dir {str(path.parent.parent)!r} holds a run on other rows than --dataset_name "
                 f"{args.dataset_name!r} has now. Give another folder."
+            )
+        if before.pop("model_files", weights) != weights:
+            raise UsageError(
+                f"--output_dir {str(path.parent.parent)!r} holds a run with other weights than --model {args.model!r} "
+                "has now. Give another folder."
             )
         for name, value in given.items():
             # Projections may be asked for once the prior is there.
@@ -172,7 +180,7 @@ def _same_settings(args: Any, rows: Any, path: Path) -> None:
                     f"{value}. Give another folder."
                 )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**given, "rows": digest}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({**given, "rows": digest, "model_files": weights}, indent=1) + "\n", encoding="utf-8")
 
 
 def _rows(args: Any) -> tuple[Any, int]:

@@ -14,6 +14,7 @@ FIRST = ("model_name_or_path", "dataset_name", "reward_funcs", "output_dir", "us
 def run(argv: Sequence[str]) -> int:
     """Train, save, and push where asked to."""
     import transformers
+    import yaml
     from packaging.version import Version
     from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
     from trl.scripts.grpo import GRPOScriptArguments
@@ -37,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
     try:
         script, args, model, mixture = parser.parse_args_and_config(args=argv)
         reward_funcs = _reward_functions(script)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
         raise UsageError(str(error)) from error
     if model.model_name_or_path is None:
         raise UsageError("--model_name_or_path is missing.")
@@ -45,6 +46,12 @@ def run(argv: Sequence[str]) -> int:
     from ..ibtpo_trainer import IBTPOTrainer
 
     dataset = _load_dataset(script, mixture)
+    if args.eval_strategy != "no" and not isinstance(dataset, dict):
+        raise UsageError(
+            f"`eval_strategy` is {args.eval_strategy.value!r}, but --dataset_name {script.dataset_name!r} was saved "
+            "without splits, so that nothing is left to evaluate on. Save `dataset.train_test_split(0.1)`, which has "
+            "the splits train and test, or leave `eval_strategy` at 'no'."
+        )
     args.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,

@@ -12,7 +12,8 @@ from ..grown_tree import GrownTree, GrowthSettings
 from .common import Parser, UsageError, say_written
 
 # Fields of IBTPOConfig that are arguments here, with their types, defaults and help there.
-CONFIG_FIELDS = [field.name for field in dataclasses.fields(GrowthSettings)]
+NOT_HERE = ("adaptive_budget", "path_filter")  # one is about several questions, the other about what is trained on
+CONFIG_FIELDS = [field.name for field in dataclasses.fields(GrowthSettings) if field.name not in NOT_HERE]
 CONFIG_FIELDS += ["step_delimiter", "temperature", "top_p", "top_k"]
 
 

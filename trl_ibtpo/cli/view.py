@@ -7,6 +7,7 @@ from pathlib import Path
 from .common import Parser, UsageError
 
 PICTURES = (".png", ".svg", ".pdf")
+PROBLEMS_SHOWN = 5  # of lines that are no trees
 
 
 def make_parser() -> Parser:
@@ -51,16 +52,27 @@ def run(argv: Sequence[str]) -> int:
     console = Console()
     if args.follow:
         return _serve(library, args.port, console)
-    for problem in library.problems:
+    if out is None and not args.text:
+        out = _default(library.sources[0])
+    if out is not None and out.resolve() in [source.resolve() for source in library.sources]:
+        raise UsageError(
+            f"{str(out)!r} is a file to read and the one to write. Name the folder of a run or a file of trees "
+            "(.jsonl), or give another --out; a page that is written opens in a browser."
+        )
+    one_tree = args.text or out.suffix in PICTURES
+    for problem in library.problems[:PROBLEMS_SHOWN]:
         console.print(problem, markup=False, highlight=False)
-    if not library.entries and not any(library.curves(each) for each in range(len(library.sources))):
+    if len(library.problems) > PROBLEMS_SHOWN:
+        console.print(f"{len(library.problems) - PROBLEMS_SHOWN} more lines are left out.", highlight=False)
+    curves = not one_tree and any(library.curves(each) for each in range(len(library.sources)))
+    if not library.entries and not curves:
         raise ValueError(
             f"There are no trees in {', '.join(map(repr, map(str, library.sources)))}. A run records them with "
             "`log_trees=10`, and `trl-ibtpo tree --json FILE` writes one."
         )
-    if args.text or (out is not None and out.suffix in PICTURES):
+    if one_tree:
         return _one_tree(library, args.tree, out, console)
-    return _write(library, out or _default(library.sources[0]), console)
+    return _write(library, out, console)
 
 
 def _write(library, out: Path, console) -> int:
@@ -70,13 +82,14 @@ def _write(library, out: Path, console) -> int:
 
     with tqdm(total=len(library.entries), desc="Trees", delay=2, leave=False) as progress:
         write_page(library, out, on_tree=progress.update)
-    words = f"{len(library.entries)} trees, {out.stat().st_size / 1e6:.1f} MB. Open in a browser: {out}"
+    trees = "1 tree" if len(library.entries) == 1 else f"{len(library.entries)} trees"
+    words = f"{trees}, {out.stat().st_size / 1e6:.1f} MB. Open in a browser: {out}"
     console.print(words, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
 def _one_tree(library, number: int | None, out: Path | None, console) -> int:
-    if not library.entries or (number is not None and not 1 <= number <= len(library.entries)):
+    if number is not None and not 1 <= number <= len(library.entries):
         raise UsageError(f"--tree is {number}; there are trees 1 to {len(library.entries)}.")
     if number is None:
         number = 1 + max(range(len(library.entries)), key=lambda each: _interest(library.entries[each]))

@@ -1,9 +1,13 @@
 """Adapters of peft: a folder or a Hub repository that holds what was trained on top of another model."""
 
+import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+# In a folder of a model: what decides its completions, and nothing that an evaluation or a training writes beside it.
+MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer*.json", "chat_template*")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its `max_lora_rank` may be
 
 
@@ -25,6 +29,21 @@ def _settings_of(model: str) -> dict[str, Any] | None:
 
     found = find_adapter_config_file(model)
     return None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+
+
+def files_stamp(folder: str | Path, patterns: Sequence[str] = MODEL_FILES) -> str | None:
+    """A text that changes with the names, sizes and times of the files in a folder; `None` where there is none."""
+    if not Path(folder).is_dir():
+        return None  # a name on the Hub
+    found = sorted({path for pattern in patterns for path in Path(folder).glob(pattern)})
+    facts = [(path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in found]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def model_stamp(model: str) -> str | None:
+    """`files_stamp` of a model, and of the base of an adapter; `None` where both have names on the Hub."""
+    stamps = [files_stamp(each) for each in (model, base_of(model)) if each is not None]
+    return ", ".join(filter(None, stamps)) or None
 
 
 def load_tokenizer(model: str) -> Any:

@@ -16,11 +16,14 @@ class Estimate:
     value: float
     low: float
     high: float
+    share: bool = True  # whether every value is in [0, 1]; the interval is then, too
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Chance that k completions drawn without replacement from n, of which c are right, hold a right one."""
-    if not 1 <= k <= n:
+    if k < 1:
+        raise ValueError(f"`k` is {k}; it must be at least 1.")
+    if k > n:
         raise ValueError(f"pass@{k} needs at least {k} completions per question, but there are {n}.")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
@@ -31,6 +34,8 @@ def estimate(name: str, values: Sequence[float]) -> Estimate:
     mean = float(values.mean())
     error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
     half = NormalDist().inv_cdf(0.975) * error
+    if not ((values >= 0) & (values <= 1)).all():
+        return Estimate(name, mean, mean - half, mean + half, share=False)
     return Estimate(name, mean, max(0.0, mean - half), min(1.0, mean + half))
 
 

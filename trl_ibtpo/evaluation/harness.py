@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from .adapters import base_of, rank_of
+from .adapters import base_of, files_stamp, model_stamp, rank_of
 from .estimates import pass_at_k, summarise
 from .samples import SamplesFile, SamplingSettings, as_applied, free_share, seed_of
 
@@ -59,13 +59,21 @@ def evaluate_task(
     manager = _task_manager(include_path)
     _check_task(manager, name)
     settings = as_applied(settings)
-    fingerprint = {**asdict(settings), "task": name}
+    fingerprint = {**asdict(settings), "model_files": model_stamp(settings.model), "task": name}
+    if include_path is not None:
+        fingerprint["task_files"] = files_stamp(include_path, ("**/*.yaml", "**/*.py"))
     records = SamplesFile(samples, fingerprint)
+    records.say_found(settings.num_samples, "passes")
     model = None
     for index in range(settings.num_samples):
         if index not in records:
             model = model or _load_model(settings, engine_arguments or {})
             records.append({"index": index, **_run(model, manager, name, settings, index)})
+        if not records[index]["values"]:
+            raise ValueError(
+                f"The harness gives no number for a question of {name!r}, only for all together (as BLEU does), so "
+                "that there is nothing to average over completions. Give a task with a metric such as exact_match."
+            )
     passes = [records[index]["values"] for index in range(settings.num_samples)]
     metrics = []
     for key in passes[0]:

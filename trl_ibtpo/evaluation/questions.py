@@ -23,12 +23,17 @@ from typing import Any
 
 import numpy as np
 
-from .adapters import load_tokenizer
+from .adapters import load_tokenizer, model_stamp
 from .estimates import pass_at_k, summarise
 from .samples import ENGINES, SamplesFile, SamplingSettings, as_applied, encode_prompts, sample
 
 QUESTION_FIELDS = ("question", "problem", "prompt")
 ANSWER_FIELDS = ("answer", "solution")
+
+# A word, also "ln" and "pi" without a backslash. Two letters, as in 2xy, are a product, but alone may be "no".
+WORD = re.compile(r"(?<![\\A-Za-z])(?:[A-Za-z]{3,}|(?:ln|lg|pi)(?![A-Za-z]))|^[A-Za-z]{2}$")
+# 1e-3 is read with Euler's number, 2023-01-01 and 1/2/2023 are calculated, and 10:30 equals 9:27.
+MISREAD_NUMBERS = re.compile(r"\de[+-]?\d|\b\d{4}-\d\d?-\d\d?\b|\b\d\d?/\d\d?/\d{4}\b|\b\d\d?:\d\d\b")
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,11 @@ class Grader:
             raise ValueError(
                 f"math-verify cannot read the answer {answer!r} other than as the product {self._gold[0]}; {remedy}"
             )
+        if bare and MISREAD_NUMBERS.search(text):
+            raise ValueError(
+                f"math-verify cannot read the answer {answer!r} other than as {self._gold[0]}; write a number in "
+                "full, a ratio as \\frac{1}{20}, and leave out questions about dates and times, which fail."
+            )
 
     def __call__(self, completion: str) -> int:
         return self.grade(completion)[0]
@@ -104,8 +114,8 @@ class Grader:
 
 def _is_spelled(text: str, parsed: Any) -> bool:
     """Whether a word was read as a product of its letters."""
-    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{3,}", re.sub(r"\\(?:text|mathrm|operatorname)\*?{[^}]*}", "", text))
-    return bool(words) and len(getattr(parsed, "free_symbols", ())) > 1
+    spelled = WORD.search(re.sub(r"\\(?:text|mathrm|operatorname)\*?{[^}]*}", "", text))
+    return spelled is not None and len(getattr(parsed, "free_symbols", ())) > 1
 
 
 # ----- the whole -----------------------------------------------------------------------------------------------------
@@ -125,7 +135,7 @@ def evaluate(
         data: JSONL of questions and answers.
         ks: for pass@k; none above `settings.num_samples`.
         samples: JSONL to which every question's graded completions are appended; questions already there are not
-            sampled again. Written with other settings or data, it is an error.
+            sampled again. Written with other settings, weights or data, it is an error.
         engine_arguments: passed on to vLLM's `LLM` or transformers' `from_pretrained`.
 
     Returns:
@@ -145,8 +155,10 @@ def evaluate(
         except ValueError as error:
             raise ValueError(f"{data}, question {number}: {error}") from error
     settings = as_applied(settings)
-    fingerprint = {**asdict(settings), "data_sha256": hashlib.sha256(Path(data).read_bytes()).hexdigest()}
+    digest = hashlib.sha256(Path(data).read_bytes()).hexdigest()
+    fingerprint = {**asdict(settings), "model_files": model_stamp(settings.model), "data_sha256": digest}
     records = SamplesFile(samples, fingerprint)
+    records.say_found(len(questions), "questions")
     prompt_ids = encode_prompts(settings, [question.prompt for question in questions])
     missing = {index: ids for index, ids in enumerate(prompt_ids) if index not in records}
     if missing:

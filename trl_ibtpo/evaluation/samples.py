@@ -5,12 +5,14 @@ What a question is given depends on the settings and its own number alone, not o
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from ..engines.base import RolloutEngine, RolloutRequest
 from .adapters import base_of, load_tokenizer, rank_of
@@ -207,6 +209,11 @@ class SamplesFile(dict[int, dict[str, Any]]):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._write({"settings": settings})
 
+    def say_found(self, total: int, what: str) -> None:
+        """Say on stderr how much will not be sampled again."""
+        if self:
+            tqdm.write(f"{len(self)} of {total} {what} come from {self._path}", file=sys.stderr)
+
     def append(self, record: dict[str, Any]) -> None:
         """Keep a record under its `index` and write it out at once."""
         self[record["index"]] = record
@@ -215,13 +222,15 @@ class SamplesFile(dict[int, dict[str, Any]]):
     def _write(self, row: dict[str, Any]) -> None:
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(_line(row))
 
     def _read(self, settings: dict[str, Any]) -> bool:
         """Take over the records of the file; whether it holds settings."""
         content = self._path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]  # a line counts when its end was written
         try:
+            if not whole and not _line({"settings": settings}).encode().startswith(content):
+                raise ValueError("not the beginning of the first line, which alone may be written anew")
             rows = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
             found = rows[0]["settings"] if rows else settings
             self.update({row["index"]: row for row in rows[1:]})
@@ -234,3 +243,7 @@ class SamplesFile(dict[int, dict[str, Any]]):
         with self._path.open("r+b") as file:
             file.truncate(len(whole))
         return bool(rows)
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"

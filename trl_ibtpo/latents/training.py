@@ -207,6 +207,11 @@ def _train(
 ) -> None:
     optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=0.0)
     begin = _restore(checkpoint, module, optimizer)
+    if begin > steps:
+        raise ValueError(
+            f"{checkpoint} was trained for {begin} steps, more than the {steps} that are asked for. Ask for at least "
+            f"{begin}, or give another folder."
+        )
     for _ in range(begin):
         advance("")
     for step in range(begin, steps):

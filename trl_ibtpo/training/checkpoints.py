@@ -22,7 +22,8 @@ logger = logging.get_logger(__name__)
 
 MANIFEST = "checkpoint_manifest.json"
 STRATEGY = "branching_state.json"  # what the branching strategy has learned, where it learns
-_NOT_LISTED = (MANIFEST, TRAINER_STATE_NAME, "checkpoint-is-incomplete.txt")  # the last: transformers', while it saves
+_INCOMPLETE = "checkpoint-is-incomplete.txt"  # transformers', while it saves
+_NOT_LISTED = (MANIFEST, f"{MANIFEST}.tmp", TRAINER_STATE_NAME, _INCOMPLETE)
 
 
 class CheckpointError(RuntimeError):
@@ -30,9 +31,14 @@ class CheckpointError(RuntimeError):
 
 
 def begin(folder: Path) -> None:
-    """Before anything is written to `folder`: what an earlier run left there is no whole checkpoint any more."""
+    """Before anything is written to `folder`: what an earlier run left there is no part of this checkpoint."""
     for name in (MANIFEST, TRAINER_STATE_NAME):
-        (folder / name).unlink(missing_ok=True)
+        (folder / name).unlink(missing_ok=True)  # first: from now on it is not whole
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != _INCOMPLETE:
+            path.unlink()
 
 
 def write_manifest(folder: Path) -> None:
@@ -52,6 +58,8 @@ def defect(folder: Path) -> str | None:
     manifest = _read(folder / MANIFEST)
     if manifest is None:
         return f"it has no {MANIFEST}: another trainer or `save_only_model` wrote it, or it was not written to the end"
+    if not isinstance(manifest.get("files"), dict):
+        return f"its {MANIFEST} lists no files"
     found = _sizes(folder)
     for name, size in manifest["files"].items():
         if name not in found:
@@ -166,7 +174,8 @@ class WholeCheckpoints:
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         self.accelerator.wait_for_everyone()  # the main process may still be writing that of a run just ended
-        choice = resume_from_checkpoint or None
+        typed = str(resume_from_checkpoint).lower()  # a command line has only texts
+        choice = {"true": True, "false": None}.get(typed, resume_from_checkpoint) or None
         try:
             found = None if choice is None else to_resume_from(choice, self.args.output_dir)
         except (OSError, ValueError) as error:
@@ -195,6 +204,8 @@ class WholeCheckpoints:
             super()._save_checkpoint(model, trial)
         except Exception as error:
             raise CheckpointError(describe_failure(folder, error)) from error
+        if self.args.should_save and (folder / MANIFEST).is_file():
+            write_manifest(folder)  # once more, with what TRL adds after transformers
 
     def _save_rng_state(self, output_dir):
         # The last file of every process; the main one goes on to write the trainer's state and to rotate

@@ -42,9 +42,9 @@ TEMPLATE = """\
 ### Rollout trees
 
 {% if branches -%}
-Each question grew one tree of {{ leaves }} trajectories{{ kept }}, and every step got its own advantage.
+Each question grew one tree of {{ leaves }} trajectories{{ average }}{{ kept }}{{ stepwise }}.
 {%- else -%}
-Each question had {{ leaves }} independent completions: no tree was grown.
+Each question had {{ leaves }} independent completions{{ average }}: no tree was grown.
 {%- endif %}
 
 | field | paper | value |
@@ -121,6 +121,8 @@ def complete_card(
         branches=args.branches,
         tail=heading + tail,
         leaves=args.growth_settings.leaves,
+        average=" on average" if args.adaptive_budget is not None else "",
+        stepwise=", and every step got its own advantage" if advantage != "grpo" else "",
         kept="" if args.path_filter is None else f", of which {args.num_generations} were trained on",
         rows=_rows(args, success_reward=success_reward, branching=branching, advantage=advantage),
         curve=curve,

@@ -97,9 +97,11 @@ def summary(record: Record) -> Record:
 
 
 def _spread(values: Sequence[float | None]) -> float | None:
-    """Standard deviation of those that are known."""
+    """Standard deviation of those that are known; None where it is too large for a number."""
     known = [value for value in values if value is not None]
-    return float(f"{np.std(known):.4g}") if known else None
+    with np.errstate(over="ignore"):
+        spread = np.std(known) if known else math.nan
+    return float(f"{spread:.4g}") if math.isfinite(spread) else None
 
 
 def _nodes(nodes: Any) -> list[Record]:

@@ -116,7 +116,13 @@ class TreeLog(TrainerCallback):
             with suppress(OSError):
                 part.unlink()
             return
-        show_in_trackers(self.trainer, records[0], step)
+        try:
+            show_in_trackers(self.trainer, records[0], step)
+        except Exception as error:  # of a tracker, its network or the drawing
+            logger.warning_once(
+                f"Trees are not shown in the trackers of `report_to`: {type(error).__name__}: {error}. Training goes "
+                f"on, and they are recorded in '{self.folder}'. Said once."
+            )
 
     def on_train_begin(self, args, state, control, **kwargs):
         """A run that starts anew leaves an earlier one's trees in a folder beside its own."""
@@ -153,6 +159,7 @@ class TreeRecorder(TreeLog):
 
     def __init__(self, trainer: Any, every: int = 10, count: int = 4):
         super().__init__(trainer, every, count)
+        self._evaluated = 0  # training steps done at the last evaluation
         logs = getattr(trainer, "_logs", None)
         if not isinstance(logs, dict) or not {"prompt", "completion", "rewards", "advantages"} <= set(logs):
             raise TypeError(
@@ -160,8 +167,14 @@ class TreeRecorder(TreeLog):
                 "GRPOTrainer; IBTPOTrainer records trees with `log_trees`."
             )
 
+    def on_evaluate(self, args, state, control, **kwargs):
+        """From now on TRL's logs hold rows of the evaluation, until the next ones are generated for training."""
+        self._evaluated = self.trainer._step
+
     def on_step_end(self, args, state, control, **kwargs):
-        if not self.wants(state.global_step):
+        every = args.steps_per_generation * self.trainer.num_iterations
+        generated = (self.trainer._step - 1) // every * every
+        if not self.wants(state.global_step) or generated < self._evaluated:
             return
         logs, group = self.trainer._logs, self.trainer.num_generations
         prompts, completions = list(logs["prompt"]), list(logs["completion"])

@@ -141,7 +141,7 @@ def record_group(
         leaf = {"node": index + 1, "branched_after": 0, "round": 0, "success": success[index] if success else None}
         leaf["rewards"] = {name: rounded(values)[index] for name, values in rewards.items()}
         leaves.append({**leaf, "advantage": advantage, "finish_reason": None})
-    nodes[0]["density"] = rounded([known.mean()])[0] if len(known) and success[0:1] != [None] else None
+    nodes[0]["density"] = rounded([known.mean()])[0] if any(value is not None for value in success) else None
     total = sum(node["tokens"] for node in nodes)
     return {
         "format": FORMAT,

@@ -40,13 +40,13 @@ def render_tree(
         while True:  # steps without a branch between them stay on one level
             label.append(_figures(nodes[step]), style="cyan")
             label.append(one_line(nodes[step]["text"]))
+            if step in kinds:
+                label.append(f"  {kinds[step]}", style=STYLES[kinds[step]])
             children = children_N[step]
             if len(children) != 1:
                 break
             label.append("\n")
             step = children[0]
-        if step in kinds:
-            label.append(f"  {kinds[step]}", style=STYLES[kinds[step]])
         below = above.add(label)
         pending += [(child, below) for child in reversed(children)]
     return view

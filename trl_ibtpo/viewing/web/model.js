@@ -91,6 +91,9 @@ function reasons(model, choice, step) {
   const place = choice.candidates.indexOf(step);
   const score = place >= 0 ? choice.priorities[place] : null;
   if (others < 1) return ["It was the only step that could be branched."];
+  if (method === "entropy_fork") {
+    return [`It was drawn at random from the 5% of ${choice.eligible} tokens at which the model was most uncertain.`];
+  }
   if (method === "random") return [`It was drawn at random from ${choice.eligible} steps.`];
   const better = choice.priorities.filter((value, each) => each !== place && value > score);
   const lead = better.length
