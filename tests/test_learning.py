@@ -191,7 +191,11 @@ def test_a_second_reader_finds_the_same_of_every_task(tmp_path):
     lines = []
     for task, shift in (("chain7", 0.0), ("chain10", 0.01)):
         for seed in range(4):
-            for method, area in (("grpo_8", 0.3), ("confidence_sampled", 0.4 + 0.001 * seed + shift), ("ibtpo", 0.302)):
+            for method, area in (
+                ("grpo_8", 0.3),
+                ("confidence_sampled", 0.4 + 0.001 * seed + shift),
+                ("ibtpo", 0.302),
+            ):
                 named = {"task": task, "method": method, "seed": seed}
                 lines += [{**named, "event": "started"}, {**named, "final": area, "area": area + 1e-3 * seed**2}]
     lines.append({"task": "sums", "method": "grpo_8", "seed": 0, "event": "started"})
