@@ -162,6 +162,24 @@ def test_hand_worked_weights(name):
     np.testing.assert_allclose(in_all(tree, sampled), worked.sampled_in_all)
 
 
+def test_weights_where_the_loss_leaves_a_trajectory_out():
+    """TRL masks truncated ones: what they share is trained once by the others."""
+    # 0 +- 1 +- 2          leaf 0, masked
+    #   |    +- 3 +- 4     leaf 1, a branch
+    #   |         +- 6     leaf 3, a branch of a branch
+    #   +- 5               leaf 2, masked
+    tree = build([(0, [0.5, 0.5]), (1, [0.5, 0.5]), (0, [0.5]), (3, [0.5])])
+    trained = np.array([False, True, False, True])
+    in_loss = [
+        [weights * kept for weights, kept in zip(step_weights(tree, kind, trained), trained, strict=True)]
+        for kind in ("once", "first")
+    ]
+    for weights in in_loss:
+        np.testing.assert_allclose(in_all(tree, weights)[1:], [1, 0, 1, 1, 0, 1])
+    np.testing.assert_allclose(in_loss[0][1], [1 / 2, 1 / 2, 1])
+    assert [list(each) for each in in_loss[1]] == [[0, 0], [1, 1, 1], [0], [0, 0, 1]]
+
+
 def in_all(tree, weights: list[np.ndarray]) -> np.ndarray:
     """What each step weighs over all trajectories through it; all trajectories pass through the question."""
     total = np.zeros(len(tree))

@@ -176,6 +176,23 @@ def test_nor_while_its_rollout_is_still_running(marker, prefix):
     assert request.prefix_ids == [9, *prefix]
 
 
+def test_what_a_tool_says_is_no_answer():
+    growth = GrowthSettings(
+        1,
+        2,
+        1,
+        1,
+        branching="surprisal",
+        allow_root_branching=True,
+        answer_marker=["answer"],
+        max_completion_length=20,
+    )
+    grower = TreeGrower([9], growth, MarkedSplitter())
+    grower.next_requests()
+    sampled(grower, 0, [1, 4, 40, 4, 1, 40], [-1.0, -2.0, None, None, -5.0, -1.0])  # the tool says 40, then the model
+    assert grower.next_requests()[0].prefix_ids == [9, 1, 4, 40, 4]
+
+
 @pytest.mark.parametrize("answered", [False, True])
 def test_entropies_are_known_of_what_joins_the_tree_early(answered):
     """A strategy sees the tokens of a running rollout with their entropies, or not at all yet."""
@@ -374,6 +391,9 @@ def test_contrast_by_hand():
     #   1: leaf 0, 1 - V = 17/30; .65; (2 + 1) / 2 more tokens   2: leaf 0, 1 - V = 34/75; .5; 1   4: leaf 1, V; .5; 1
     expected = [0.6 * 0.35 / (7 / 3), 17 / 30 * 0.35 / 1.5, 34 / 75 * 0.5, NAN, 0.32 * 0.5, NAN, NAN]
     scores = score_tree(tree, beta=5.0)
+    np.testing.assert_allclose(contrast(tree, scores, np.random.default_rng(0)), expected)
+    # What is still running does not look like a rollout that is soon over.
+    tree.open(1)
     np.testing.assert_allclose(contrast(tree, scores, np.random.default_rng(0)), expected)
     # Nothing known: V is 1/2 everywhere, and so is the chance of another outcome.
     tree = build([(0, [0.5, 0.5, 0.5])])

@@ -53,6 +53,14 @@ def test_gain_by_hand():
     assert all_right([1.0, NAN]) and not all_right([NAN]) and not all_right([1.0, 0.5]) and not all_right([])
 
 
+def test_what_cannot_be_scored_lacks_no_outcome():
+    """Its answers would not be scored either, however many there are."""
+    unscored, wrong = [NAN] * 4, [0.0] * 4
+    assert share_out([Question(unscored), Question(wrong), Question(wrong, done=False)], 36) == ([1], [4, 8, 12])
+    assert share_out([Question(unscored), Question(wrong)], 24) == ([1], [4, 20])
+    assert share_out([Question(unscored), Question([NAN] * 8)], 24) == ([0, 1], [12, 12])  # nobody else needs them
+
+
 class Question:
     """What the budget sees of a tree."""
 

@@ -248,12 +248,22 @@ def test_what_cannot_be_an_advantage_is_refused(config, model_path, advantage, e
 
 
 def test_whitening_is_over_the_trained_tokens_of_the_batch(config, model_path):
-    """Four trees in a generation batch: mean 0 and deviation 1 over their tokens, whatever their lengths."""
+    """Four trees in a generation batch: mean 0 and deviation 1 over their tokens, whatever their lengths.
+
+    What could not be scored is not trained, and has no part in it.
+    """
+
+    def now_and_then(completion_ids, **kwargs):
+        return [None if len(ids) % 3 == 0 else float(len(ids) % 2) for ids in completion_ids]
+
     args = config(max_steps=1, advantage="treepo", per_device_train_batch_size=48, mask_truncated_completions=True)
-    trainer = IBTPOTrainer(model_path, tiny.even_length, args, tiny.questions())
+    trainer = IBTPOTrainer(model_path, now_and_then, args, tiny.questions())
     outputs = recorded(trainer)
     trainer.train()
     mask = outputs[0]["completion_mask"] > 0
+    unscored = (mask.sum(dim=1) > 0) & (mask.sum(dim=1) % 3 == 0)
+    assert unscored.any() and not outputs[0]["advantages"][unscored].any()
+    mask &= ~unscored[:, None]
     trained = outputs[0]["advantages"][mask]
     assert 0 < mask.sum() < mask.numel() and mask.any(dim=1).sum() < 48  # some were truncated
     assert trained.mean().item() == pytest.approx(0, abs=1e-5)

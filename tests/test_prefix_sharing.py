@@ -607,6 +607,13 @@ def test_the_comparison_leaves_no_traces(config, model_path):
     assert torch.equal(*states)
 
 
+def test_an_adapter_that_looks_for_its_tokens_in_a_row(config, model_path):
+    """A new adapter adds nothing, so the comparison before the first step could not tell."""
+    adapter = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5, 6])
+    trainer = IBTPOTrainer(model_path, tiny.even_length, config(), tiny.questions(), peft_config=adapter)
+    assert not trainer._packed_forward and "`alora_invocation_tokens`" in trainer._forward_reason
+
+
 def test_a_reference_model_of_other_code_is_compared_as_well(config, model_path):
     trainer = IBTPOTrainer(model_path, tiny.even_length, config(beta=0.01), tiny.questions())
     assert trainer._packed_forward

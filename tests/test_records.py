@@ -15,6 +15,7 @@ from test_scores import graft, rewarded
 from trl_ibtpo.advantages import GradedTree, token_advantages
 from trl_ibtpo.grown_tree import Choice, GrownTree, GrowthSettings
 from trl_ibtpo.scores import score_tree
+from trl_ibtpo.training.completions_table import mark_steps
 from trl_ibtpo.tree import RolloutTree
 from trl_ibtpo.viewing.drawing import draw_tree
 from trl_ibtpo.viewing.library import Library
@@ -76,6 +77,20 @@ def test_what_a_record_holds():
     assert [leaf["finish_reason"] for leaf in record["leaves"]] == ["length", "stop", "length"]
     assert record["rounds"][0]["candidates"] == [1, 2] and record["rounds"][0]["priorities"] == [-0.9, -1.5]
     assert (record["generated_tokens"], record["trajectory_tokens"]) == (10, 12)
+
+
+def test_a_step_that_ends_with_a_tool_result_shows_what_its_sampled_tokens_get():
+    tree = RolloutTree([1, 2])
+    graft(tree, 0, [3, 4, 8, 8, 5], [-0.1, -0.1, None, None, -0.3], [4, 5])
+    graft(tree, 0, [7, 8, 9], [-0.5] * 3, [3])
+    rewarded(tree, [1.0, 0.0])
+    grown = GrownTree(tree, score_tree(tree, beta=5.0), GrowthSettings(), [])
+    found = token_advantages(GradedTree(tree, grown.scores, np.array([0.75, -0.75])))
+    record = record_tree(grown, decode, question="?", rewards={"right": [1.0, 0.0]}, advantages=found)
+    assert (record["nodes"][1]["advantage_global"], record["nodes"][1]["tokens"]) == (0.75, 4)
+    assert record["leaves"][0]["advantage"] == pytest.approx(found.values[0][[0, 1, 4]].mean(), abs=1e-8)
+    assert mark_steps(grown, 0, found.values[0], decode).startswith(f"[{found.values[0][0]:+.2f}]")
+    assert found.values[0][0] > 0.5 and found.values[0][3] == 0
 
 
 @settings(max_examples=15, **ANY)

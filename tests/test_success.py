@@ -1,5 +1,6 @@
 """Which completions are right, and the words for a run whose rewards or delimiters teach nothing; no model needed."""
 
+import re
 from functools import partial
 
 import numpy as np
@@ -126,6 +127,31 @@ def test_one_difference_ends_the_watch():
     watch, success = SuccessWatch(), Success(["accuracy", "other"])
     assert watch.add(success, batches([0, 0, 0], [0, 1, 0]), [3, 3]) is None
     assert all(watch.add(success, batches([0, 0, 0]), [3]) is None for _ in range(50))
+
+
+def test_trees_without_a_known_success_are_noticed_once():
+    """One function scores one kind of row and returns None for the others, as TRL allows."""
+    watch, success = SuccessWatch(), Success(["math", "code"])
+    math, code = [[1.0, np.nan], [0.0, np.nan]], [[np.nan, 1.0], [np.nan, 0.0]]
+    assert watch.unknown(success, np.array(math + [[np.nan, np.nan]] * 2), [2, 2]) is None  # nobody scored the second
+    said = watch.unknown(success, np.array(math + code), [2, 2])
+    assert "No completion of 1 of 2 trees has a known success, though 'code' scored them" in said
+    assert watch.unknown(success, np.array(math + code), [2, 2]) is None
+    (func,) = re.findall(r"`success_func=(.*)`", said)
+    success = Success(["math", "code"], func=eval(func))
+    assert success(np.array(math + code)).tolist() == [1, 0, 1, 0]
+    assert SuccessWatch().unknown(success, np.array(math + code), [2, 2]) is None
+
+
+@pytest.mark.parametrize("returned", [0.7, 0.9, 0.3, 0.1, 1 / 3])
+def test_thresholds_see_what_functions_returned(returned):
+    """TRL keeps rewards in float32, in which 0.7 is less than 0.7 and 0.3 more than 0.3."""
+    rewards = np.array([[returned]], dtype=np.float32)
+    limit = float(f"{returned:.7g}") if returned == 1 / 3 else returned
+    for comparison, right in ((">=", 1.0), ("<=", 1.0), (">", 0.0), ("<", 0.0)):
+        assert returned == 1 / 3 or Success(["shaped"], ("shaped", comparison, limit))(rewards) == right
+    assert Success(["shaped"], func=lambda given: given["shaped"])(rewards) == pytest.approx(returned, abs=1e-7)
+    assert Success(["shaped"], bounds=(-0.1, 0.9))(np.array([[0.9]], dtype=np.float32)) == 1.0
 
 
 # ----- delimiters ----------------------------------------------------------------------------------------------------

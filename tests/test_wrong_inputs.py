@@ -281,6 +281,16 @@ ROWS = {
         ValueError,
         r"`branching` is 'best'; it must be one of \['ib', 'confidence', 'random'",
     ),
+    "answer marker that is a special token": (
+        {"answer_marker": ["so", "x<eos>"]},
+        ValueError,
+        "`answer_marker` holds 'x<eos>', but '<eos>' is a special token .* never be found. Give a text",
+    ),
+    "delimiter that is a special token": (
+        {"step_delimiter": "<eos>"},
+        ValueError,
+        "`step_delimiter` holds '<eos>', but '<eos>' is a special token",
+    ),
     "unknown advantage": (
         {"advantage": "none"},
         ValueError,

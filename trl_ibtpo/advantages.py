@@ -40,6 +40,7 @@ class GradedTree:
     advantage_L: np.ndarray  # GRPO's advantage of each trajectory, NaN for an unscorable one; `(L,)`
     settings: CreditSettings = CreditSettings()
     choices: Sequence[Choice] = ()  # what the rounds of branching chose
+    trained_L: np.ndarray | None = None  # whether the loss has each trajectory, `(L,)`; None: all
 
     @cached_property
     def value_N(self) -> np.ndarray:
@@ -229,7 +230,7 @@ def token_advantages(graded: GradedTree, function: AdvantageFunction | None = No
     if function is not None:
         terms = _checked(tree, function, terms)
     result = TokenAdvantages([], [], [], [])
-    weights = step_weights(tree, graded.settings.shared_token_weight)
+    weights = step_weights(tree, graded.settings.shared_token_weight, graded.trained_L)
     for leaf, values in enumerate(zip(terms.global_terms, terms.local_terms, weights, strict=True)):
         global_T, local_T, weights_T = per_token(tree, leaf, np.array(values))
         result.advantages.append(global_T + local_T)

@@ -178,7 +178,10 @@ def contrast(tree: RolloutTree, scores: TreeScores, rng: np.random.Generator) ->
     value_N, outcome_N = shrunken_density(tree), np.array(tree.success)[owner_N]
     outcome_N = np.where(np.isnan(outcome_N), value_N, outcome_N)
     otherwise_N = outcome_N * (1 - value_N) + (1 - outcome_N) * value_N
-    tokens_N = tree.leaf_mean(tree.ends()[tree.leaves]) - tree.ends()
+    # A rollout that is still running ends, so far, where it was last grafted: it says nothing of what is left.
+    ends_L = tree.ends()[tree.leaves]
+    known_N = tree.leaf_mean(np.where(np.isnan(tree.success), np.nan, ends_L))
+    tokens_N = np.where(np.isnan(known_N), tree.leaf_mean(ends_L), known_N) - tree.ends()
     return otherwise_N * (1 - scores.mean_confidence) / np.maximum(tokens_N, 1)
 
 

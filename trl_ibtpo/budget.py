@@ -10,7 +10,8 @@ may be given what others did not need (`adaptive_budget` in `IBTPOConfig`):
     gain(q)       chance * headroom                   the next leaf goes where it is highest
 
 `chance` and `headroom` are posterior means of uniform priors. A question stops when it has enough. One whose answers
-are all right has its share, as others do, but gets of the rest only what nobody else needs.
+are all right has its share, as others do, but gets of the rest only what nobody else needs; and so does one none of
+whose answers could be scored.
 """
 
 from collections.abc import Sequence
@@ -41,6 +42,11 @@ def all_right(success_L: Sequence[float]) -> bool:
     """Whether every answer is; NaN is left out."""
     known = [success for success in success_L if not np.isnan(success)]
     return bool(known) and min(known) == 1
+
+
+def unknown(success_L: Sequence[float]) -> bool:
+    """Whether no answer could be scored."""
+    return bool(np.isnan(success_L).all())
 
 
 class Question(Protocol):
@@ -75,7 +81,11 @@ class LeafBudget:
         growing = any(not question.done for question in questions)
         if not free or (growing and self.in_order):
             return []
-        lacking = [i for i, each in enumerate(questions) if each.done and contrast(each.success) < self.wanted]
+        lacking = [
+            i
+            for i, each in enumerate(questions)
+            if each.done and contrast(each.success) < self.wanted and not unknown(each.success)
+        ]
         if growing:
             # Those whose answers are all right wait for what the others leave.
             return self._portions(questions, [i for i in lacking if not all_right(questions[i].success)], free)

@@ -40,7 +40,7 @@ from .training.group_statistics import group_advantages
 from .training.hooks import check_hooks
 from .training.metrics import TreeMetrics, mean_per_question
 from .training.model_card import complete_card, tree_to_show
-from .training.model_checks import check_template, check_tokenizer
+from .training.model_checks import check_markers, check_template, check_tokenizer
 from .training.regularization import IBRegularization
 from .training.reports import TreeReports
 from .training.reward_checks import resolve_reward_funcs
@@ -158,6 +158,7 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
             **kwargs,
         )
         check_tokenizer(self._tokenizer)
+        check_markers(self._tokenizer, args)
         check_template(self._tokenizer, first_row(train_dataset))
         for pool in getattr(self, "_environment_pool", {}).values():
             check_environment(pool[0], args.environment_branching)
@@ -376,8 +377,13 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
         unscorable = np.isnan(self._scorer.rewards).all(axis=1)
         advantage_B = np.where(unscorable, np.nan, advantages.cpu().double().numpy())
         metrics, values_B, weights_B = TreeMetrics(), [], []
-        for grown, advantage_L in zip(self._grown, np.split(advantage_B, np.cumsum(self._sizes)[:-1]), strict=True):
-            graded = GradedTree(grown.tree, grown.scores, advantage_L, self.args.credit_settings, grown.choices)
+        trained_B = output["completion_mask"].any(dim=1).cpu().numpy()  # not those that TRL masks as truncated
+        ends = np.cumsum(self._sizes)[:-1]
+        of_trees = zip(self._grown, np.split(advantage_B, ends), np.split(trained_B, ends), strict=True)
+        for grown, advantage_L, trained_L in of_trees:
+            graded = GradedTree(
+                grown.tree, grown.scores, advantage_L, self.args.credit_settings, grown.choices, trained_L
+            )
             found = token_advantages(graded, self._advantage)
             metrics.add_tree(grown, found)
             self._token_advantages.append(found)
@@ -397,8 +403,8 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
 
         per_token = padded(values_B)
         if getattr(self._advantage, "whitened", False):
-            mask = output["completion_mask"] * output.get("tool_mask", 1)
-            per_token = whiten(per_token, mask.cpu().numpy() > 0, self._sum_over_processes)
+            mask = (output["completion_mask"] * output.get("tool_mask", 1)).cpu().numpy() > 0
+            per_token = whiten(per_token, mask & ~unscorable[:, None], self._sum_over_processes)
         weighted = per_token * padded(weights_B)
         self._rewrite_logged_advantages(weighted)
         output["advantages"] = torch.as_tensor(weighted).to(advantages)

@@ -174,13 +174,15 @@ class StepSplitter:
             return self._ends_by_text(token_ids)
         return limited_ends(lambda start: self._ends_by_text(token_ids[start:]), token_ids, *self._limits)
 
-    def first(self, token_ids: Sequence[int], texts: Sequence[str]) -> int | None:
-        """Position after the first token that completes one of `texts`; None where none does."""
+    def first(self, token_ids: Sequence[int | None], texts: Sequence[str]) -> int | None:
+        """Position after the first token that completes one of `texts`; None where none does.
+
+        No text goes on over a None, which stands for a token that is not looked at.
+        """
         whole, wanted = b"", [text.encode() for text in texts]
         longest = max(map(len, wanted))
         for position, token_id in enumerate(token_ids, 1):
-            added = self.text(token_id)
-            whole = whole[-longest:] + added
+            whole = b"" if token_id is None else whole[-longest:] + self.text(token_id)
             if any(each in whole for each in wanted):
                 return position
         return None

@@ -389,5 +389,8 @@ class TreeGrower:
         """Note where the answer begins in what the tree has of a rollout."""
         if self.settings.answer_marker and branch.leaf not in self._answers:
             so_far = self.tree.prefix(self.tree.leaves[branch.leaf])
+            if any(self.tree.observed()):  # what a tool says is not the model's answer
+                sampled_T = self.tree.sampled(branch.leaf)
+                so_far = [token if sampled else None for token, sampled in zip(so_far, sampled_T, strict=True)]
             if (answer := self._splitter.first(so_far, self.settings.answer_marker)) is not None:
                 self._answers[branch.leaf] = answer

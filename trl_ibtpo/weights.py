@@ -9,8 +9,14 @@ from .tree import RolloutTree
 SharedTokenWeight = Literal["per_trajectory", "once", "sampled", "first"]
 
 
-def step_weights(tree: RolloutTree, kind: SharedTokenWeight) -> list[np.ndarray]:
+def step_weights(tree: RolloutTree, kind: SharedTokenWeight, trained_L: np.ndarray | None = None) -> list[np.ndarray]:
     """What the advantage of each step of each trajectory is multiplied by; one `(S,)` array a leaf.
+
+    Args:
+        tree: the tree.
+        kind: see below.
+        trained_L: which trajectories the loss has, `(L,)`; None: all. TRL leaves out truncated ones with
+            `mask_truncated_completions`, and `once` and `first` are one in all over the others.
 
     A step is trained once in every trajectory that passes through it, so its weight in all is the sum over these.
 
@@ -18,7 +24,7 @@ def step_weights(tree: RolloutTree, kind: SharedTokenWeight) -> list[np.ndarray]
         once             1 / leaves under it in each: 1 in all           SPO-tree
         sampled          W(leaf) = G * product of 1 / children along the path of the leaf, the question included;
                          G * product of 1 / children along the step's own path in all
-        first            1 in the trajectory that sampled it, 0 in its branches: 1 in all           I2B-LPO
+        first            1 in the first trajectory through it, 0 in its branches: 1 in all          I2B-LPO
 
     `sampled` takes a tree for what it is: `c` children of a step (the rollout that owned the step and its branches)
     are `c` samples of one continuation, so each stands for 1/c of it. The initial rollouts weigh alike however often
@@ -35,14 +41,18 @@ def step_weights(tree: RolloutTree, kind: SharedTokenWeight) -> list[np.ndarray]
     by a constant (`dr_grpo`), or not at all (`luspo`).
     """
     paths = [tree.path(leaf) for leaf in tree.leaves]
+    trained_L = np.ones(len(paths), dtype=bool) if trained_L is None else trained_L
     if kind == "per_trajectory":
         return [np.ones(len(path)) for path in paths]
     if kind == "once":
-        shared_by_N = tree.leaf_count()
+        shared_by_N = np.maximum(tree.sum_over_leaves(trained_L), 1)
         return [1 / shared_by_N[path] for path in paths]
     if kind == "first":
-        shared = [len(tree.path(after)) for after in tree.branch_steps]
-        return [np.repeat([0.0, 1.0], [first, len(path) - first]) for path, first in zip(paths, shared, strict=True)]
+        taken_N, weights = np.zeros(len(tree), dtype=bool), []
+        for path, trained in zip(paths, trained_L, strict=True):
+            weights.append(np.where(taken_N[path] | (not trained), 0.0, 1.0))
+            taken_N[path] |= trained
+        return weights
     children_N, parents_N = tree.child_counts(), tree.parents()
     group = len(paths)
     return [np.full(len(path), group / np.prod(children_N[parents_N[path]], dtype=float)) for path in paths]

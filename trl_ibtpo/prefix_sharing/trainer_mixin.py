@@ -109,6 +109,10 @@ class PrefixSharedForward:
         model = self.accelerator.unwrap_model(self.model)
         if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
             return "the adapter puts virtual tokens before the prompt"
+        if is_peft_model(model) and any(
+            getattr(config, "alora_invocation_tokens", None) for config in model.peft_config.values()
+        ):
+            return "the adapter looks for its invocation tokens (`alora_invocation_tokens`) row by row"
         if getattr(self.processing_class, "tokenizer", None) is not None:
             return "the model takes images"
         if self.aux_loss_enabled:

@@ -38,4 +38,6 @@ def mark_steps(grown: GrownTree, leaf: int, advantages_T: np.ndarray, decode: Ca
         decode: from token ids to text.
     """
     steps = [grown.tree.steps[step] for step in grown.tree.path(grown.tree.leaves[leaf])]
-    return "".join(f"[{advantages_T[step.end - 1]:+.2f}] {decode(step.token_ids)}" for step in steps)
+    # The last token that was sampled: an observation behind it has no advantage.
+    marks = [advantages_T[step.end - step.observed - 1] for step in steps]
+    return "".join(f"[{mark:+.2f}] {decode(step.token_ids)}" for mark, step in zip(marks, steps, strict=True))

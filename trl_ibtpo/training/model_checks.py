@@ -50,6 +50,20 @@ def check_tokenizer(tokenizer: Any) -> None:
         )
 
 
+def check_markers(tokenizer: Any, args: GRPOConfig) -> None:
+    """Raise where a text that is looked for in completions holds a special token, of which their text has nothing."""
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    special = {text for text in (*tokenizer.all_special_tokens, *added) if text.strip()}
+    for name, texts in (("step_delimiter", args.step_delimiters), ("answer_marker", args.answer_marker or [])):
+        for text in texts:
+            if (token := next((each for each in sorted(special) if each in text), None)) is not None:
+                raise ValueError(
+                    f"`{name}` holds {text!r}, but {token!r} is a special token of this tokenizer, and special tokens "
+                    "are left out of the text that is searched: it would never be found. Give a text that the model "
+                    "writes as ordinary tokens, for example 'Final answer'."
+                )
+
+
 def check_template(tokenizer: Any, row: dict[str, Any] | None) -> None:
     """Raise where a row holds chat messages that the tokenizer has no template for."""
     if tokenizer.chat_template is None and row is not None and is_conversational({"prompt": row.get("prompt")}):

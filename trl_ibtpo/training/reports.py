@@ -124,6 +124,8 @@ class TreeReports:
         if self._success_steers:
             message = self._success_watch.add(self._success, rewards_LF, self._all_sizes)
             self._warn_once(message, about="constant success")
+            message = self._success_watch.unknown(self._success, rewards_LF, self._all_sizes)
+            self._warn_once(message, about="unknown success")
 
     # ----- the table of completions, and lengths ---------------------------------------------------------------------
 

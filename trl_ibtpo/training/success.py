@@ -61,6 +61,11 @@ def out_of_range(rewards: np.ndarray) -> np.ndarray:
     return np.abs(rewards - 0.5) > 0.5 + ROUNDING
 
 
+def as_returned(rewards: Any) -> np.ndarray:
+    """Rewards as their functions returned them, float64: TRL keeps float32, in which 0.7 is less than 0.7."""
+    return np.asarray(rewards, dtype=np.float32).astype(str).astype(np.float64)
+
+
 class Success:
     """How right completions are.
 
@@ -128,7 +133,7 @@ class Success:
 
     def values(self, rewards_LF: np.ndarray) -> np.ndarray:
         """What a tree makes success of, `(L, F)` to `(L,)`: the function's own values, or 0 and 1 by a threshold."""
-        rewards_LF = np.asarray(rewards_LF, dtype=np.float64)
+        rewards_LF = as_returned(rewards_LF)
         if self._func is not None:
             return np.array([self._judge(rewards_F) for rewards_F in rewards_LF], dtype=np.float64)
         values_L = rewards_LF[:, self._index]
@@ -195,6 +200,32 @@ class SuccessWatch:
         self._trees = 0
         self._counts: dict[float, int] = {}
         self._done = False
+        self._said_unknown = False
+
+    def unknown(self, success: Success, rewards_LF: np.ndarray, sizes: Sequence[int]) -> str | None:
+        """What to warn of, once, where whole trees have rewards, but none that success is made of."""
+        if self._said_unknown:
+            return None
+        ends = np.cumsum(sizes)[:-1]
+        scored_L, known_L = ~np.isnan(rewards_LF).all(axis=1), ~np.isnan(success(rewards_LF))
+        trees = [
+            columns_LF
+            for columns_LF, scored, known in zip(
+                *(np.split(each, ends) for each in (rewards_LF, scored_L, known_L)), strict=True
+            )
+            if scored.any() and not known.any()
+        ]
+        if not trees:
+            return None
+        self._said_unknown = True
+        found = ~np.isnan(np.concatenate(trees)).all(axis=0)
+        scorers = " and ".join(f"'{name}'" for name, there in zip(success.names, found, strict=True) if there)
+        return (
+            f"No completion of {len(trees)} of {len(sizes)} trees has a known success, though {scorers} scored them: "
+            f"success comes from {success}. Which steps of these trees are branched and favoured does not depend on "
+            "their rewards. Where different functions score different rows, tell the trainer what success is: "
+            "`success_func=lambda rewards: next((r for r in rewards.values() if r is not None), None)`. Said once."
+        )
 
     def add(self, success: Success, rewards_LF: np.ndarray, sizes: Sequence[int]) -> str | None:
         """Look at further trees, which have so many rows; returns what to warn of, once."""

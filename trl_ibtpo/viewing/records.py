@@ -204,15 +204,15 @@ def _first_rounds(tree: RolloutTree) -> list[int]:
 
 
 def _step_advantages(tree: RolloutTree, advantages: TokenAdvantages | None) -> dict[str, np.ndarray]:
-    """Both terms of every step, `(N,)`: the mean over the trajectories through it, of its last token."""
+    """Both terms of every step, `(N,)`: the mean over the trajectories through it, of its last sampled token."""
     if advantages is None:
         return {name: np.full(len(tree), np.nan) for name in ("advantage_global", "advantage_local")}
-    ends = tree.ends()
+    last_N = tree.ends() - tree.observed() - 1  # an observation has no advantage
     sums = {"advantage_global": np.zeros(len(tree)), "advantage_local": np.zeros(len(tree))}
     counts = np.zeros(len(tree))
     for leaf, step in enumerate(tree.leaves):
         path = tree.path(step)
-        last = ends[path] - 1
+        last = last_N[path]
         if not len(advantages.global_terms[leaf]):  # filtered out
             continue
         counts[path] += 1
@@ -247,7 +247,11 @@ def _leaves(
     success, leaves = rounded(tree.success), []
     given = None
     if advantages is not None:
-        given = rounded([values_T.mean() if len(values_T) else math.nan for values_T in advantages.values])
+        means = []
+        for leaf, values_T in enumerate(advantages.values):
+            sampled_T = values_T[tree.sampled(leaf)] if len(values_T) else values_T
+            means.append(sampled_T.mean() if len(sampled_T) else math.nan)
+        given = rounded(means)
     path_scores = None if filtered is None else rounded(filtered.scores_L)
     for leaf, node in enumerate(tree.leaves):
         last = tree.steps[node]
