@@ -210,7 +210,7 @@ class TokenAdvantages:
 
     @property
     def values(self) -> list[np.ndarray]:
-        """What the loss gets."""
+        """What the loss gets; with `treepo`, before the tokens of a batch are whitened."""
         return [advantage * weight for advantage, weight in zip(self.advantages, self.weights, strict=True)]
 
 

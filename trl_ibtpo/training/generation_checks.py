@@ -36,7 +36,7 @@ def check_vllm_arguments(args: GRPOConfig) -> None:
     if args.vllm_mode not in ("colocate", "server"):
         raise ValueError(
             f"`vllm_mode` is {args.vllm_mode!r}; it must be 'colocate' (an engine in each process) or 'server' (one "
-            "that was started with `trl vllm-serve`)."
+            "that was started with `vllm serve`)."
         )
     if args.vllm_tensor_parallel_size > 1:
         raise ValueError(
