@@ -30,6 +30,7 @@ from trl_ibtpo.steps import StepSplitter
 from trl_ibtpo.tree_grower import TreeGrower
 
 BATCH, INITIAL, GROUP = 16, 4, 12  # questions, rollouts
+MOST = BATCH * GROUP - (BATCH - 1) * INITIAL  # rollouts that one question may be given
 MIXTURES = {"mixed": (0.4, 0.6), "hard": (0.2, 1.0), "easy": (1.0, 0.25)}  # of success rates: Beta(a, b)
 MAX_COMPLETION_LENGTH = 64  # the quickstart's
 TASKS = {"quickstart": (4, 6), "easier": (4, 4), "harder": (6, 6)}  # terms of the sums
@@ -222,19 +223,19 @@ def main() -> None:
     arguments = common.parser(__doc__.splitlines()[0])
     arguments.add_argument("--questions", type=int, default=256, help="of each task")
     arguments.add_argument("--mixture_questions", type=int, default=512)
-    arguments.add_argument("--samples", type=int, default=64, help="answers to each question")
+    arguments.add_argument("--samples", type=int, default=MOST, help="answers to each question")
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--model", type=Path, help="a warm-started model of the quickstart, instead of a new one")
     arguments.add_argument("--mixtures_only", action="store_true", help="without a model")
     args = arguments.parse_args()
     if args.quick:
-        args.questions, args.mixture_questions, args.samples = BATCH, 4 * BATCH, 24
+        args.questions, args.mixture_questions = BATCH, 4 * BATCH
     rows, rng = [], np.random.default_rng(args.seed)
     for name, (a, b) in tqdm(MIXTURES.items(), desc="mixtures"):
         batches = []
         for _ in range(args.mixture_questions // BATCH):
             rates = rng.beta(a, b, (BATCH, 1))
-            success = (rng.random((BATCH, 2 * args.samples)) < rates).astype(float)
+            success = (rng.random((BATCH, args.samples)) < rates).astype(float)
             batches.append(rules_on(success, np.ones(success.shape)))
         rows += summarize(f"mixture {name}", batches)
     if not args.mixtures_only:
