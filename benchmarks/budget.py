@@ -157,12 +157,12 @@ def trees_on(engine, tokenizer, entries: list[dict], is_right) -> dict[str, dict
     return found
 
 
-def sampled(engine, tokenizer, entries: list[dict], samples: int, is_right):
-    """Success and length of so many answers to each question; both `(P, S)`."""
+def sampled(engine, tokenizer, entries: list[dict], is_right):
+    """Success and length of as many answers as a question may be given; both `(P, S)`."""
     growth = GrowthSettings(
         branching="independent",
         tree_levels=1,
-        tree_initial_rollouts=samples,
+        tree_initial_rollouts=MOST,
         max_completion_length=MAX_COMPLETION_LENGTH,
     )
     splitter = StepSplitter(tokenizer)
@@ -213,7 +213,7 @@ def with_model(args) -> list[dict]:
         for start in tqdm(range(0, args.questions, BATCH), desc=name):
             torch.manual_seed(args.seed + start)
             engine, batch = SharedSamples(model, tokenizer), entries[start : start + BATCH]
-            success, tokens = sampled(engine, tokenizer, batch, args.samples, is_right)
+            success, tokens = sampled(engine, tokenizer, batch, is_right)
             batches.append(rules_on(success, tokens) | trees_on(engine, tokenizer, batch, is_right))
         rows += summarize(name, batches)
     return rows
@@ -223,7 +223,6 @@ def main() -> None:
     arguments = common.parser(__doc__.splitlines()[0])
     arguments.add_argument("--questions", type=int, default=256, help="of each task")
     arguments.add_argument("--mixture_questions", type=int, default=512)
-    arguments.add_argument("--samples", type=int, default=MOST, help="answers to each question")
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--model", type=Path, help="a warm-started model of the quickstart, instead of a new one")
     arguments.add_argument("--mixtures_only", action="store_true", help="without a model")
@@ -235,7 +234,7 @@ def main() -> None:
         batches = []
         for _ in range(args.mixture_questions // BATCH):
             rates = rng.beta(a, b, (BATCH, 1))
-            success = (rng.random((BATCH, args.samples)) < rates).astype(float)
+            success = (rng.random((BATCH, MOST)) < rates).astype(float)
             batches.append(rules_on(success, np.ones(success.shape)))
         rows += summarize(f"mixture {name}", batches)
     if not args.mixtures_only:

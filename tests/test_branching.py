@@ -14,9 +14,10 @@ from test_growth import Splitter
 from test_scores import NAN, build, trees
 
 from trl_ibtpo import IBTPOTrainer
-from trl_ibtpo.branching import Pivot, contrast, make_strategy, marked, segments, shrunken_density, turn_entropy
+from trl_ibtpo.branching import contrast, make_strategy, marked, segments, shrunken_density, turn_entropy
 from trl_ibtpo.engines.base import Rollout
 from trl_ibtpo.grown_tree import GrowthSettings
+from trl_ibtpo.pivot import Pivot
 from trl_ibtpo.scores import score_tree
 from trl_ibtpo.segments import SegmentGrower
 from trl_ibtpo.training import checkpoints, checks

@@ -33,6 +33,15 @@ def test_silences_are_broken_once(config, model_path, caplog, monkeypatch):
     assert "It comes from 'sometimes', and was 1 for 6 of 6 completions" in constant
 
 
+def test_trees_that_success_knows_nothing_of_are_spoken_of_once(config, model_path, caplog):
+    def math(completions, **kwargs):
+        return [None] * len(completions)
+
+    IBTPOTrainer(model_path, [math, tiny.even_length], config(max_steps=2), tiny.questions()).train()
+    (said,) = messages(caplog, "has a known success")
+    assert "though 'even_length' scored them: success comes from 'math'" in said
+
+
 def test_success_that_steers_nothing_is_not_spoken_of(config, model_path, caplog, monkeypatch):
     monkeypatch.setattr(SuccessWatch, "patience_with_one_value", 1)
     args = config(branching="confidence", ib_coef=0.0, max_steps=1)

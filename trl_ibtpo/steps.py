@@ -160,9 +160,7 @@ class StepSplitter:
         self.tokenizer = tokenizer
         self._limits = (min_tokens, max_tokens, noise)
         self._delimiter_bytes = set(b"".join(self.delimiters))
-        # Special are also the added tokens that have no role of their own, such as the turn markers of chat templates.
-        added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._special_ids = frozenset(tokenizer.all_special_ids) | added
+        self._special_ids = special_ids(tokenizer)
         self._byte_level = _is_byte_level(tokenizer)
         self._texts: dict[int, bytes] = {}
         self._plain: set[int] = set()  # tokens that say something and hold no byte of the delimiter
@@ -227,6 +225,12 @@ class StepSplitter:
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:5], 16)])
         return piece.replace("\u2581", " ").encode()
+
+
+def special_ids(tokenizer) -> frozenset[int]:
+    """Ids of all special tokens, also of those without a role of their own, such as turn markers of chat templates."""
+    added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(tokenizer.all_special_ids) | added
 
 
 def _is_byte_level(tokenizer) -> bool:

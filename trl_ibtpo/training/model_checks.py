@@ -7,6 +7,8 @@ from torch import nn
 from trl import GRPOConfig
 from trl.data_utils import is_conversational
 
+from ..steps import special_ids
+
 
 def check_model(model: Any, args: GRPOConfig, processing_class: Any, kwargs: dict[str, Any]) -> None:
     """Raise where `model` is none, or where what goes with it cannot be found."""
@@ -52,8 +54,7 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 def check_markers(tokenizer: Any, args: GRPOConfig) -> None:
     """Raise where a text that is looked for in completions holds a special token, of which their text has nothing."""
-    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-    special = {text for text in (*tokenizer.all_special_tokens, *added) if text.strip()}
+    special = {text for text in tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer))) if text.strip()}
     for name, texts in (("step_delimiter", args.step_delimiters), ("answer_marker", args.answer_marker or [])):
         for text in texts:
             if (token := next((each for each in sorted(special) if each in text), None)) is not None:

@@ -15,7 +15,7 @@ from .generation_checks import OWN_STOPS
 from .progress import show_trees
 from .rewards import RewardScorer
 from .step_check import FEW, describe_missing_steps
-from .success import Success, SuccessWatch, describe_scaling
+from .success import Success, SuccessWatch, describe_scaling, describe_unknown
 
 logger = logging.get_logger(__name__)
 
@@ -124,8 +124,9 @@ class TreeReports:
         if self._success_steers:
             message = self._success_watch.add(self._success, rewards_LF, self._all_sizes)
             self._warn_once(message, about="constant success")
-            message = self._success_watch.unknown(self._success, rewards_LF, self._all_sizes)
-            self._warn_once(message, about="unknown success")
+            if "unknown success" not in self._said:
+                message = describe_unknown(self._success, rewards_LF, self._all_sizes)
+                self._warn_once(message, about="unknown success")
 
     # ----- the table of completions, and lengths ---------------------------------------------------------------------
 

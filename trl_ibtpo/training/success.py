@@ -191,6 +191,29 @@ def describe_scaling(source: str, values_L: np.ndarray) -> str | None:
     )
 
 
+def describe_unknown(success: Success, rewards_LF: np.ndarray, sizes: Sequence[int]) -> str | None:
+    """What a user should know where whole trees have rewards, but none that success is made of."""
+    ends = np.cumsum(sizes)[:-1]
+    scored_L, known_L = ~np.isnan(rewards_LF).all(axis=1), ~np.isnan(success(rewards_LF))
+    trees = [
+        columns_LF
+        for columns_LF, scored, known in zip(
+            *(np.split(each, ends) for each in (rewards_LF, scored_L, known_L)), strict=True
+        )
+        if scored.any() and not known.any()
+    ]
+    if not trees:
+        return None
+    found = ~np.isnan(np.concatenate(trees)).all(axis=0)
+    scorers = " and ".join(f"'{name}'" for name, there in zip(success.names, found, strict=True) if there)
+    return (
+        f"No completion of {len(trees)} of {len(sizes)} trees has a known success, though {scorers} scored them: "
+        f"success comes from {success}. Which steps of these trees are branched and favoured does not depend on "
+        "their rewards. Where different functions score different rows, tell the trainer what success is: "
+        "`success_func=lambda rewards: next((r for r in rewards.values() if r is not None), None)`. Said once."
+    )
+
+
 class SuccessWatch:
     """Notices that success never tells the completions of a question apart, from the first tree on."""
 
@@ -200,32 +223,6 @@ class SuccessWatch:
         self._trees = 0
         self._counts: dict[float, int] = {}
         self._done = False
-        self._said_unknown = False
-
-    def unknown(self, success: Success, rewards_LF: np.ndarray, sizes: Sequence[int]) -> str | None:
-        """What to warn of, once, where whole trees have rewards, but none that success is made of."""
-        if self._said_unknown:
-            return None
-        ends = np.cumsum(sizes)[:-1]
-        scored_L, known_L = ~np.isnan(rewards_LF).all(axis=1), ~np.isnan(success(rewards_LF))
-        trees = [
-            columns_LF
-            for columns_LF, scored, known in zip(
-                *(np.split(each, ends) for each in (rewards_LF, scored_L, known_L)), strict=True
-            )
-            if scored.any() and not known.any()
-        ]
-        if not trees:
-            return None
-        self._said_unknown = True
-        found = ~np.isnan(np.concatenate(trees)).all(axis=0)
-        scorers = " and ".join(f"'{name}'" for name, there in zip(success.names, found, strict=True) if there)
-        return (
-            f"No completion of {len(trees)} of {len(sizes)} trees has a known success, though {scorers} scored them: "
-            f"success comes from {success}. Which steps of these trees are branched and favoured does not depend on "
-            "their rewards. Where different functions score different rows, tell the trainer what success is: "
-            "`success_func=lambda rewards: next((r for r in rewards.values() if r is not None), None)`. Said once."
-        )
 
     def add(self, success: Success, rewards_LF: np.ndarray, sizes: Sequence[int]) -> str | None:
         """Look at further trees, which have so many rows; returns what to warn of, once."""
