@@ -32,15 +32,16 @@ RESULTS = Path(__file__).parent / "results" / "agents.jsonl"
 CACHE = Path("outputs/warm_starts/agents")
 OPERATIONS = 2  # of a chain
 QUESTIONS, UPDATES = 16, 2  # of a generation batch, and its optimizer steps
+TREE = {
+    "branching": "confidence",
+    "allow_repeated_branching": False,
+    "ib_coef": 0.0,
+    "packed_forward": False,
+}
 METHODS = {
     "grpo_8": None,
-    "confidence_once": {
-        "branching": "confidence",
-        "allow_repeated_branching": False,
-        "ib_coef": 0.0,
-        "shared_token_weight": "once",
-        "packed_forward": False,
-    },
+    "confidence_once": {**TREE, "shared_token_weight": "once"},
+    "confidence_sampled": {**TREE, "shared_token_weight": "sampled"},
 }
 
 

@@ -165,3 +165,48 @@ def test_a_tool_does_not_hold_up_a_tree_that_gets_its_rewards():
     drive(growers, TurnEngine(inner, Host()), Later(inner))
     thread.join()
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("clock", ["polls", "tokens"])
+def test_batches_do_not_depend_on_which_tool_is_quicker(clock):
+    """An engine that samples batch by batch waits for all tools; one that goes on by itself does not."""
+
+    class Batches(test_growth.Engine):
+        max_length = None
+
+        def __init__(self):
+            super().__init__(0, lambda prefix_ids, most, seed: test_growth.sample(prefix_ids, min(most, 8), seed))
+            self.clock, self.batches = clock, []
+
+        def choose(self):
+            self.batches.append(sorted(self.in_flight))
+            return self.batches[-1]
+
+    class Host:
+        def __init__(self, quick):
+            self.quick, self.asked, self.threads = quick, set(), []
+
+        def begin(self, request):
+            return None
+
+        def respond(self, request_id, token_ids):
+            if request_id in self.asked:
+                return None
+            self.asked.add(request_id)
+            future = Future()
+            delay = 0.0 if request_id[1] in self.quick else 0.15  # longer than a poll waits
+            self.threads.append(threading.Timer(delay, future.set_result, [[*OBSERVED]]))
+            self.threads[-1].start()
+            return future
+
+        def abort(self):
+            pass
+
+    def batches(quick):
+        settings = GrowthSettings(tree_initial_rollouts=4, tree_levels=2, branching="random", max_completion_length=40)
+        inner, host = Batches(), Host(quick)
+        grower = TreeGrower([1], settings, test_growth.Splitter(), (0, 0))
+        drive([grower], TurnEngine(inner, host), test_growth.Scorer(inner))
+        return inner.batches
+
+    assert (batches(quick={0, 1}) == batches(quick={2, 3})) == (clock == "polls")

@@ -87,6 +87,10 @@ class TurnEngine:
         self._sample(ready)
 
     def poll(self) -> list[Rollout]:
+        # Where a poll samples a batch, what is in it, and so what is sampled, must not depend on which tool was first;
+        # and one batch of all costs less than many small ones.
+        if self.clock == "polls" and self._waiting and wait(self._waiting, PATIENCE).not_done:
+            return []
         finished = self._continue()
         if self._sampling:
             finished += self._end_turns(self._inner.poll())
