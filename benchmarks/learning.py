@@ -79,7 +79,8 @@ def commit() -> str:
     """Of the code that runs, marked where it has changes."""
     folder = Path(__file__).parent
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
-    changed = subprocess.run(["git", "diff", "HEAD", "--quiet", "--", ".", "../trl_ibtpo"], cwd=folder)
+    code = [".", "../trl_ibtpo", ":!results"]  # rows of earlier runs are no code
+    changed = subprocess.run(["git", "diff", "HEAD", "--quiet", "--", *code], cwd=folder)
     return head.stdout.strip() + ("" if changed.returncode == 0 else "+")
 
 
