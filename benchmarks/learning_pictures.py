@@ -60,7 +60,7 @@ def _panels(results: Results, task: str, panels: Sequence[tuple[str, str]], path
     return figure
 
 
-def _differences(names: Sequence[str], estimates: Sequence[dict[str, Estimate]], path: Path) -> Figure:
+def _differences(names: Sequence[str], estimates: Sequence[dict[str, Estimate]], path: Path, title: str) -> Figure:
     """Paired differences with their intervals, in points: final accuracy and area of each row."""
     figure = Figure(figsize=(10, 1.5 + 0.45 * len(names)), layout="constrained")
     axis = figure.subplots()
@@ -72,7 +72,8 @@ def _differences(names: Sequence[str], estimates: Sequence[dict[str, Estimate]],
     axis.axvline(0, color="black", lw=0.8)
     labels = [f"{plain(name)} ({row['area'].count} pairs)" for name, row in zip(names, estimates, strict=True)]
     axis.set_yticks(range(len(names)), labels)
-    axis.invert_yaxis()
+    axis.set_ylim(len(names) - 0.5, -0.5)  # the first at the top
+    axis.set_title(title)
     axis.set_xlabel("paired difference in points, 95% interval")
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     axis.grid(alpha=0.3, axis="x")
@@ -93,7 +94,9 @@ def draw(results: Results, task: str, folder: Path) -> dict[str, Figure]:
     asked = [row for row in claims(results, task) if row["area"].count > 1]
     if asked:
         path = folder / f"differences_{task}.png"
-        figures[path.stem] = _differences([row["question"] for row in asked], asked, path)
+        figures[path.stem] = _differences(
+            [row["question"] for row in asked], asked, path, f"The claims on task '{task}'"
+        )
     rest = {
         name_of(name): {key: difference(results, task, name, MAIN[0], key) for key in ("final", "area")}
         for name in others(results, task)
@@ -101,5 +104,6 @@ def draw(results: Results, task: str, folder: Path) -> dict[str, Figure]:
     rest = {name: row for name, row in rest.items() if row["area"].count > 1}
     if rest:
         path = folder / f"others_{task}.png"
-        figures[path.stem] = _differences(list(rest), list(rest.values()), path)
+        title = f"Other methods on task '{task}', minus {plain(name_of(MAIN[0]))}"
+        figures[path.stem] = _differences(list(rest), list(rest.values()), path, title)
     return figures

@@ -62,9 +62,11 @@ def first_line(results: Results, task: str) -> str:
     }[judged]
     figures = "" if judged == "not known" else f": {area.text(sign=True)} points of accuracy over the whole run"
     done, started = (sum(run.task == task for run in runs) for runs in (results.complete, results.started))
+    again = sum(run.task == task and times > 1 for run, times in results.started.items())
+    again = f", {again} of them again after they had failed or been cut off" if again else ""
     return (
         f"{opening}, on the small task `{task}`{figures} ({area.count} pairs of runs; {done} runs of all methods are "
-        f"done, of {started} started).\n"
+        f"done, of {started} started{again}).\n"
     )
 
 

@@ -7,6 +7,7 @@ over the family of claims of a task.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,7 @@ class Run:
 class Results:
     """What a file of rows holds."""
 
-    started: list[Run] = field(default_factory=list)  # every run that was, once
+    started: Counter[Run] = field(default_factory=Counter)  # how often: again where it had failed or been cut off
     complete: dict[Run, list[dict[str, Any]]] = field(default_factory=dict)  # rows in the order of checkpoints
     failed: dict[Run, str] = field(default_factory=dict)
 
@@ -91,8 +92,7 @@ def load(path: Path) -> Results:
         row = json.loads(line)
         run = Run(row["task"], row["method"], row["seed"])
         if row.get("event") == "started":
-            if run not in results.started:
-                results.started.append(run)
+            results.started[run] += 1
             results.complete.pop(run, None)  # rows of a run that was cut off while it was written
         elif row.get("event") == "failed":
             results.failed[run] = row["error"]
@@ -118,7 +118,7 @@ def tables(results: Results) -> list[dict[str, Any]]:
     rows = []
     for task in results.tasks():
         for method in results.methods(task):
-            started = sum((run.task, run.method) == (task, method) for run in results.started)
+            started = sum(times for run, times in results.started.items() if (run.task, run.method) == (task, method))
             final = results.measured(task, method, "final")
             row = {"task": task, "method": method, "started": started, "done": len(final)}
             row["final"] = Estimate.of(list(final.values())).text()

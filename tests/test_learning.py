@@ -284,10 +284,10 @@ def test_pictures_show_what_the_rows_say(tmp_path):
 
 def test_every_run_that_was_started_is_in_the_tables(results_file):
     results = learning_tables.load(results_file)
-    started = {
+    started = [
         (row["task"], row["method"], row["seed"]) for row in rows(results_file) if row.get("event") == "started"
-    }
-    assert {(run.task, run.method, run.seed) for run in results.started} == started
+    ]
+    assert {(run.task, run.method, run.seed) for run in results.started} == set(started)
     assert sum(row["started"] for row in learning_tables.tables(results)) == len(started)
     for task in results.tasks():
         table = learning_tables.run_table(results, task)
