@@ -18,7 +18,7 @@ quickstart: .venv/installed
 # The style tests run ruff, its format included. The others import neither torch nor TRL, which takes longer than they do.
 PURE := style scores advantages growth methods turns benchmarks
 check: .venv/installed
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PURE:%=tests/test_%.py)
+	@$(BIN)/python -m pytest -q $(PURE:%=tests/test_%.py)
 
 test: .venv/installed chromium
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10

@@ -6,11 +6,10 @@ os.environ.setdefault("CI", "1")  # no telemetry
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed writes to standard output that it found no other
+# Of two tests at a time, and of the processes they start: OpenMP's threads spin while they wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module", autouse=True)
