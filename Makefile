@@ -1,6 +1,6 @@
 # From a fresh clone; each command makes .venv with pinned CPU packages first, where it is missing.
 #   make quickstart   trains a small model on a real task, in five to eight minutes
-#   make check        format, lint, and the tests of the pure floors: about 30 seconds
+#   make check        format, lint, and the tests of the pure floors: under 30 seconds
 #   make test         everything CI runs: about 15 minutes on two cores
 #   make docs         the pages as HTML in site/
 PYTHON ?= python3
