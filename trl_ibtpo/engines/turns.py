@@ -3,7 +3,7 @@
 `TurnEngine` looks like any engine to growth. It has each turn sampled by the engine inside it, asks a `TurnHost` what
 follows the turn (the result of a tool call), appends that as an observation and has the next turn sampled, until the
 host says that the rollout is over. The host works in threads of its own: while it does, the engine samples whatever
-else there is.
+else there is, unless it samples batch by batch, when every batch waits for the host.
 """
 
 import math
