@@ -1,6 +1,7 @@
 """What a forward and backward pass costs with each shared token computed once, against TRL's padded batch.
 
     python -m benchmarks.packed_forward [--quick] [--json FILE]
+    python -m benchmarks.packed_forward --device cuda --bf16 --size Qwen/Qwen3-0.6B --attention sdpa flex_attention
 
 One micro-batch is one question: a tree of the paper's shape (4, 9, 1, 1), or a flat group of GRPO. Prompts have 100 to
 300 tokens, completions lognormal lengths (median 410) up to 1,024; trees grow by the package's own rules. The model
@@ -22,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import Qwen3ForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from benchmarks import common
+from benchmarks import common, sizes
 from trl_ibtpo.engines.base import Rollout
 from trl_ibtpo.grown_tree import GrowthSettings
 from trl_ibtpo.growth import drive
@@ -99,12 +100,13 @@ def shared_forward(model, input_ids, mask, kept) -> torch.Tensor:
     return shared_logps_and_entropies(model, model, share_prefixes(input_ids, mask, kept))[0]
 
 
-def measure(model, forward: Callable, batch: tuple) -> dict:
+def measure(model, forward: Callable, batch: tuple, bf16: bool = False) -> dict:
     """Seconds of one forward and backward pass, with log-probabilities and gradients."""
     model.zero_grad()
     _synchronize(model.device)
     begin = time.perf_counter()
-    logps = forward(model, *batch)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        logps = forward(model, *batch)
     # Any loss of the log-probabilities; this one is smooth and gives every token another weight.
     (logps.sin() * batch[1][:, -batch[2] :]).sum().backward()
     _synchronize(model.device)
@@ -113,12 +115,12 @@ def measure(model, forward: Callable, batch: tuple) -> dict:
     return {"seconds": seconds, "logps": logps.detach(), "gradient": gradient}
 
 
-def peak_memory(model, forward: Callable, batch: tuple) -> float:
+def peak_memory(model, forward: Callable, batch: tuple, bf16: bool = False) -> float:
     """Bytes of all tensors at the worst moment of a forward and backward pass."""
     model.zero_grad()
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        measure(model, forward, batch)
+        measure(model, forward, batch, bf16)
         return torch.cuda.max_memory_allocated()
     tracker = MemTracker()
     tracker.track_external(model)
@@ -139,35 +141,54 @@ def main() -> None:
     arguments.add_argument("--hidden", type=int, default=512)
     arguments.add_argument("--vocabulary", type=int, default=8192)
     arguments.add_argument("--max-length", type=int, default=1024, help="tokens of a completion")
-    arguments.add_argument("--attention", default="sdpa", choices=["sdpa", "eager", "flex_attention"])
+    arguments.add_argument("--size", help="a key of benchmarks.sizes.SIZES, in place of the three above")
+    arguments.add_argument("--attention", nargs="+", default=["sdpa"], choices=["sdpa", "eager", "flex_attention"])
+    arguments.add_argument("--bf16", action="store_true", help="compute in bfloat16, with weights in float32")
+    arguments.add_argument("--checkpointing", action="store_true", help="keep no activations but those of layers")
     arguments.add_argument("--device", default="cpu")
     args = arguments.parse_args()
     if args.quick:
         args.repeats, args.layers, args.hidden, args.vocabulary, args.max_length = 2, 2, 128, 512, 256
+    rows = []
+    for attention in args.attention:
+        rows += compare(attention, args)
+    common.report("Forward and backward with prefix sharing, against the padded batch", rows, args)
+
+
+def compare(attention: str, args) -> list[dict]:
+    """A row for each shape, with one implementation of attention."""
     torch.manual_seed(0)
-    config = common.qwen3_config(args.layers, args.hidden, args.vocabulary, attn_implementation=args.attention)
-    model = Qwen3ForCausalLM(config).to(args.device)
+    if args.size is None:
+        config = common.qwen3_config(args.layers, args.hidden, args.vocabulary, attn_implementation=attention)
+    else:
+        config = sizes.config(args.size, attn_implementation=attention)
+    with torch.device(args.device):
+        model = Qwen3ForCausalLM(config)
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     prepare_model(model)
+    if args.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     rows = []
     with tqdm(total=args.repeats * len(SHAPES), unit="batch") as progress:
         for shape, settings in SHAPES.items():
             results = []
             for repeat in range(args.repeats):
-                progress.set_description(shape)
-                batch = make_batch(settings, repeat, args.max_length, args.vocabulary, model.device)
+                progress.set_description(f"{attention}, {shape}")
+                batch = make_batch(settings, repeat, args.max_length, config.vocab_size, model.device)
                 if repeat == 0:  # warm up
-                    measure(model, shared_forward, batch)
-                plain = measure(model, padded_forward, batch)
-                shared = measure(model, shared_forward, batch)
+                    for forward in (padded_forward, shared_forward):
+                        measure(model, forward, batch, args.bf16)
+                plain = measure(model, padded_forward, batch, args.bf16)
+                shared = measure(model, shared_forward, batch, args.bf16)
                 results.append(
                     {
                         "unique_tokens": share_prefixes(*batch).input_ids.numel(),
                         "real_tokens": int(batch[1].sum()),
                         "padded_tokens": batch[1].numel(),
+                        "padded_seconds": plain["seconds"],
                         "time_ratio": shared["seconds"] / plain["seconds"],
-                        "memory_ratio": peak_memory(model, shared_forward, batch)
-                        / peak_memory(model, padded_forward, batch),
+                        "memory_ratio": peak_memory(model, shared_forward, batch, args.bf16)
+                        / peak_memory(model, padded_forward, batch, args.bf16),
                         "max_logp_diff": float((shared["logps"] - plain["logps"]).abs().max()),
                         "grad_rel_diff": float(
                             (shared["gradient"] - plain["gradient"]).norm() / plain["gradient"].norm()
@@ -175,7 +196,7 @@ def main() -> None:
                     }
                 )
                 progress.update()
-            row = {"shape": shape, "attention": args.attention}
+            row = {"shape": shape, "attention": attention}
             for key in results[0]:
                 values = [result[key] for result in results]
                 row[key] = float(np.max(values) if key.endswith("diff") else np.mean(values))
@@ -183,7 +204,7 @@ def main() -> None:
                     row["time_ratio_se"] = common.mean_and_error(values)[1]
             row["token_ratio"] = row["unique_tokens"] / row["padded_tokens"]
             rows.append(row)
-    common.report("Forward and backward with prefix sharing, against the padded batch", rows, args)
+    return rows
 
 
 if __name__ == "__main__":

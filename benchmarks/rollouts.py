@@ -34,17 +34,32 @@ from trl_ibtpo.grown_tree import GrowthSettings
 from trl_ibtpo.growth import drive
 from trl_ibtpo.segments import make_grower
 
-PROMPT_TOKENS, STEP_TOKENS = 64, 12
+PROMPT_TOKENS = 64
 SAMPLING = {"repetition_penalty": 1.0, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-MEDIAN_LENGTH, LENGTH_SIGMA, MAX_LENGTH = 80, 0.6, 256  # tokens of a completion
+LENGTH_SIGMA = 0.6
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Of completions, in tokens, with the proportions of the default."""
+
+    median: int = 80
+
+    @property
+    def longest(self) -> int:
+        return self.median * 16 // 5
+
+    @property
+    def step(self) -> int:
+        return self.median * 3 // 20
 
 
 class ScriptedLengths(VLLMEngine):
     """The colocated engine on scripted completion lengths, counting its steps and the time spent in vLLM."""
 
-    def __init__(self, llm, seed: int, request_seeds: bool):
+    def __init__(self, llm, lengths: Lengths, seed: int, request_seeds: bool):
         super().__init__(llm, {**SAMPLING, "ignore_eos": True}, request_seeds)
-        self._script = seed
+        self._script, self._lengths = seed, lengths
         self.steps, self.inside = 0, 0.0
 
     def submit(self, requests):
@@ -69,10 +84,10 @@ class ScriptedLengths(VLLMEngine):
         rng = random.Random(request.seed + self._script)
         done = len(request.prefix_ids) - PROMPT_TOKENS
         question = random.Random(hash(tuple(request.prefix_ids[:PROMPT_TOKENS])))
-        median = MEDIAN_LENGTH * np.exp(question.gauss(0, LENGTH_SIGMA / 2))
+        median = self._lengths.median * np.exp(question.gauss(0, LENGTH_SIGMA / 2))
         total = next(
             (t for t in (rng.lognormvariate(np.log(median), LENGTH_SIGMA) for _ in range(200)) if t >= done + 1),
-            done + STEP_TOKENS,
+            done + self._lengths.step,
         )
         budget = max(1, min(request.max_tokens, int(total) - done))
         return RolloutRequest(request.request_id, request.prefix_ids, budget, request.seed)
@@ -150,7 +165,14 @@ class SlowGrader(common.ScriptedScorer):
         return scored
 
 
-def start_engine(layers: int, hidden: int, max_num_seqs: int, quick: bool = False) -> Any:
+def start_engine(
+    layers: int,
+    hidden: int,
+    max_num_seqs: int,
+    quick: bool = False,
+    size: str | None = None,
+    lengths: Lengths = Lengths(),
+) -> Any:
     """A random Qwen3 in an engine inside this process, as TRL starts it.
 
     A quick start compiles nothing, and makes steps slower on a CPU.
@@ -161,40 +183,50 @@ def start_engine(layers: int, hidden: int, max_num_seqs: int, quick: bool = Fals
         os.environ["VLLM_CPU_CI_ENV"] = "1"
     from vllm import LLM
 
-    from benchmarks import tiny
+    from benchmarks import sizes, tiny
+    from trl_ibtpo.engines.vllm_cpu import runs_on_cpu
 
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
-    path = tiny.save_tiny(tempfile.mkdtemp(), tiny.byte_level_tokenizer(), layers=layers, hidden=hidden)
+    path, longest = tempfile.mkdtemp(), PROMPT_TOKENS + lengths.longest
+    if size is None:
+        tiny.save_tiny(path, tiny.byte_level_tokenizer(), layers=layers, hidden=hidden)
+    else:
+        sizes.save_random(path, size)
+    options: dict[str, Any] = {"gpu_memory_utilization": 0.6}
+    if runs_on_cpu():
+        options = {
+            "dtype": "float32",  # vLLM would take bfloat16, which many CPUs compute slowly
+            "block_size": 32,  # the smallest on a CPU; 16 on a GPU
+            "enable_chunked_prefill": False,  # see `CPUVLLMGeneration`
+        }
     return LLM(
         model=path,
-        dtype="float32",  # vLLM would take bfloat16, which many CPUs compute slowly
-        max_model_len=PROMPT_TOKENS + MAX_LENGTH,
+        max_model_len=longest,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=4096,
-        block_size=32,  # the smallest on a CPU; 16 on a GPU
-        hf_overrides={"max_position_embeddings": PROMPT_TOKENS + MAX_LENGTH},
+        hf_overrides={"max_position_embeddings": longest},
         logprobs_mode="processed_logprobs",
-        enable_chunked_prefill=False,  # see `CPUVLLMGeneration`
         distributed_executor_backend="external_launcher",
         enforce_eager=quick,
+        **options,
     )
 
 
-def run(llm, mode: Mode, questions: int, seed: int) -> dict[str, float]:
+def run(llm, mode: Mode, questions: int, seed: int, lengths: Lengths = Lengths()) -> dict[str, float]:
     """Grow all trees once."""
     llm.reset_prefix_cache()
     rng = random.Random(1000 * questions + seed)
-    settings = GrowthSettings(max_completion_length=MAX_LENGTH, branch_lookahead=mode.lookahead, **mode.settings)
+    settings = GrowthSettings(max_completion_length=lengths.longest, branch_lookahead=mode.lookahead, **mode.settings)
     growers = [
         make_grower(
             [rng.randrange(5, 300) for _ in range(PROMPT_TOKENS)],
             settings,
-            common.FixedSteps(STEP_TOKENS),
+            common.FixedSteps(lengths.step),
             (seed, index),
         )
         for index in range(questions)
     ]
-    engine = ScriptedLengths(llm, seed, mode.request_seeds)
+    engine = ScriptedLengths(llm, lengths, seed, mode.request_seeds)
     begin = time.perf_counter()
     drive(growers, LockStep(engine) if mode.lock_step else engine, SlowGrader(mode.grader))
     seconds = time.perf_counter() - begin
@@ -214,6 +246,8 @@ def main() -> None:
     arguments.add_argument("--repeats", type=int, default=3)
     arguments.add_argument("--layers", type=int, default=8)
     arguments.add_argument("--hidden", type=int, default=512)
+    arguments.add_argument("--size", help="a key of benchmarks.sizes.SIZES, in place of --layers and --hidden")
+    arguments.add_argument("--median-length", type=int, default=80, help="of completions; at most 3.2 times as long")
     arguments.add_argument("--graders", type=float, nargs="*", default=[0, 1, 10], help="seconds; with 32 questions")
     names = list(dict.fromkeys(mode.name for mode in MODES))
     arguments.add_argument("--modes", nargs="+", choices=names, default=names, help="besides `independent`")
@@ -227,8 +261,9 @@ def main() -> None:
         graded = 2
     groups = [(questions, modes) for questions in args.questions]
     groups += [(graded, with_grader(seconds)) for seconds in args.graders]
-    llm = start_engine(args.layers, args.hidden, 12 * max(questions for questions, _ in groups), args.quick)
-    run(llm, MODES[0], min(questions for questions, _ in groups), seed=99)  # warm up
+    lengths, most = Lengths(args.median_length), max(questions for questions, _ in groups)
+    llm = start_engine(args.layers, args.hidden, 12 * most, args.quick, args.size, lengths)
+    run(llm, MODES[0], min(questions for questions, _ in groups), 99, lengths)  # warm up
     rows = []
     with tqdm(total=args.repeats * sum(len(modes) for _, modes in groups), unit="run") as progress:
         for questions, modes in groups:
@@ -236,7 +271,7 @@ def main() -> None:
             for repeat in range(args.repeats):  # interleaved: every repeat measures every mode
                 for index, mode in enumerate(modes):
                     progress.set_description(f"{questions} questions, {mode.name} {mode.lookahead}")
-                    runs[index].append(run(llm, mode, questions, seed=repeat))
+                    runs[index].append(run(llm, mode, questions, repeat, lengths))
                     progress.update()
             for index, mode in enumerate(modes):
                 row = {"mode": mode.name, "questions": questions, "lookahead": mode.lookahead, "grader": mode.grader}

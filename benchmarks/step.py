@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import reasoning_gym
+import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import Qwen3ForCausalLM, TrainerCallback, set_seed
@@ -32,7 +33,6 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29513")
 
 PROMPT_TOKENS = 160  # of the longest sums, and some more
-RIVAL = "independent_8_shared"
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Method:
 METHODS = [
     Method("grpo", 8),
     Method("grpo", 12),
-    Method(RIVAL, 8, growth=FLAT),
+    Method("independent_8_shared", 8, growth=FLAT),
     Method("ibtpo", 12),
     Method("ibtpo", 12, lookahead=3),
     Method("ibtpo", 12, lookahead=8),
@@ -82,10 +82,10 @@ def warm_model(layers: int, hidden: int, entries: list[dict], steps: int) -> str
         layers, hidden, len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     args = SFTConfig(
-        **{**quickstart.PLAIN, "output_dir": tempfile.mkdtemp()},
+        **{**quickstart.PLAIN, "output_dir": tempfile.mkdtemp(), "use_cpu": not torch.cuda.is_available()},
         max_steps=steps,
         per_device_train_batch_size=16,
-        learning_rate=2e-3,
+        learning_rate=2e-3 * min(1.0, 256 / hidden),  # a wide model diverges at the rate of a narrow one
         warmup_steps=min(10, steps),
         lr_scheduler_type="cosine",
         logging_steps=50,
@@ -124,6 +124,9 @@ def main() -> None:
     arguments.add_argument("--questions", type=int, default=8, help="per optimizer step")
     arguments.add_argument("--layers", type=int, default=4)
     arguments.add_argument("--hidden", type=int, default=256)
+    names = list(dict.fromkeys(method.name for method in METHODS))
+    arguments.add_argument("--methods", nargs="+", choices=names, default=names, help="besides the two rivals")
+    arguments.add_argument("--lookahead", type=int, nargs="+", default=[0, 3, 8], help="of `ibtpo`")
     arguments.add_argument("--warm-steps", type=int, default=150, help="supervised steps before the measurement")
     arguments.add_argument("--max-length", type=int, default=384, help="tokens of a completion")
     args = arguments.parse_args()
@@ -147,22 +150,24 @@ def main() -> None:
         max_completion_length=args.max_length,
         vllm_max_model_length=PROMPT_TOKENS + args.max_length,
     )
-    runs: list[list[dict]] = [[] for _ in METHODS]
-    with tqdm(total=args.repeats * len(METHODS), unit="run") as progress:
+    rivals = {"ratio_to_grpo8": METHODS[0], "ratio_to_independent": METHODS[2]}
+    methods = [method for method in METHODS if method in rivals.values() or method.name in args.methods]
+    methods = [method for method in methods if method.name != "ibtpo" or method.lookahead in args.lookahead]
+    runs: list[list[dict]] = [[] for _ in methods]
+    with tqdm(total=args.repeats * len(methods), unit="run") as progress:
         for repeat in range(args.repeats):  # interleaved: every repeat measures every method
-            for index, method in enumerate(METHODS):
+            for index, method in enumerate(methods):
                 progress.set_description(f"{method.name} {method.group_size} {method.lookahead}")
                 runs[index].append(run(grpo if method.name == "grpo" else ibtpo, method, seed=repeat))
                 progress.update()
     rows = []
-    rivals = {"ratio_to_grpo8": 0, "ratio_to_independent": [method.name for method in METHODS].index(RIVAL)}
-    for index, method in enumerate(METHODS):
+    for index, method in enumerate(methods):
         row = {"method": method.name, "group_size": method.group_size, "lookahead": method.lookahead}
         row |= {key: float(np.mean([each[key] for each in runs[index]])) for key in runs[index][0]}
         for key, rival in rivals.items():
             ratios = [
                 mine["seconds_per_step"] / base["seconds_per_step"]
-                for mine, base in zip(runs[index], runs[rival], strict=True)
+                for mine, base in zip(runs[index], runs[methods.index(rival)], strict=True)
             ]
             row[key], row[f"{key}_se"] = common.mean_and_error(ratios)
         rows.append(row)

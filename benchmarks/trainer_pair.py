@@ -33,7 +33,7 @@ def make_trainers(
         "loss_type": "grpo",
         "vllm_mode": "colocate",
         "vllm_importance_sampling_mode": "token_truncate",
-        "bf16": False,
+        "bf16": not runs_on_cpu(),
         "gradient_checkpointing": False,
         "use_cpu": runs_on_cpu(),
         "report_to": "none",
