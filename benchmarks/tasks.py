@@ -158,7 +158,7 @@ TASKS: dict[str, FactTask] = {
         Chain("chain7", steps=7, modulus=23, warm_steps=(250,), warm_learning_rate=1e-3, base=CHAIN10),
         CHAIN10,
         Chain("chain8", steps=8, modulus=17),
-        Chain("chain12", steps=12, modulus=37, warm_steps=(1200,), hidden=96, layers=3),
+        Chain("chain12", steps=12, modulus=37, warm_steps=(1200, 1200), hidden=96, layers=3),
         Columns("sums", digits=7),
     )
 }
