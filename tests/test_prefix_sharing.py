@@ -38,6 +38,7 @@ from trl_ibtpo import IBTPOTrainer
 from trl_ibtpo.prefix_sharing.attention import (
     MissingBatchError,
     _trie_attention,
+    flash_along_trie,
     model_arguments,
     prepare_model,
     shared_logps_and_entropies,
@@ -783,6 +784,47 @@ def test_layers_on_several_devices():
         indices = shared.segment_indices(device)
         assert {each.device for _, keys, mask in indices if keys is not None for each in (keys, mask)} == {device}
         assert shared.segment_indices(device) is indices
+
+
+def causal_from_the_bottom_right(query, key, value, query_offsets, key_offsets, most_queries, most_keys, **options):
+    """What flash attention computes of sequences of unequal lengths, one after another."""
+    assert options["window_size"] == (-1, 0) and query_offsets.dtype == key_offsets.dtype == torch.int32
+    outputs = []
+    for number in range(len(query_offsets) - 1):
+        own, seen = (slice(*offsets[number : number + 2].tolist()) for offsets in (query_offsets, key_offsets))
+        queries, keys = own.stop - own.start, seen.stop - seen.start
+        assert 0 < queries <= most_queries and queries <= keys <= most_keys
+        outputs.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                query[own].transpose(0, 1),
+                key[seen].transpose(0, 1),
+                value[seen].transpose(0, 1),
+                attn_mask=torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries),
+                scale=options["scale"],
+            ).transpose(0, 1)
+        )
+    return torch.cat(outputs)
+
+
+@settings(max_examples=25, deadline=None, database=None)
+@given(batches(), st.sampled_from([1, 2, 4]))
+def test_one_call_of_flash_attention_is_all_segments(rows, groups):
+    """The kernel itself runs on GPUs alone, where `benchmarks.packed_forward` compares it with TRL's forward."""
+    shared = share_prefixes(*padded(rows))
+    length = shared.input_ids.shape[1]
+    query = torch.randn(1, 4, length, 16, dtype=torch.float64, requires_grad=True)
+    key, value = (torch.randn(1, 4 // groups, length, 16, dtype=torch.float64, requires_grad=True) for _ in "kv")
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = groups, True
+    weights, found = torch.randn(1, length, 4, 16, dtype=torch.float64), []
+    for output in (
+        _trie_attention(module, query, key, value, None, shared_batch=shared, scaling=0.3)[0],
+        flash_along_trie(query, key, value, shared.sequences(key.device), 0.3, causal_from_the_bottom_right),
+    ):
+        gradients = torch.autograd.grad((output * weights).sum(), (query, key, value))
+        found.append((output, *gradients))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_hooks_that_move_arguments_leave_the_batch_as_it_is():

@@ -1,5 +1,6 @@
 """How a model attends along the trie of a shared batch, and for which models that is exact."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,7 +8,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .trie import SharedBatch
+from .trie import Sequences, SharedBatch
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None
 
 TRIE_ATTENTION = "ibtpo_trie"  # sdpa, and along the trie where a shared batch comes with the forward
 # In place of a mask where the batch says who attends to whom. transformers takes a mask of four dimensions as it is,
@@ -22,9 +28,11 @@ class MissingBatchError(RuntimeError):
 
 
 def _trie_attention(module, query, key, value, attention_mask, shared_batch: SharedBatch | None = None, **kwargs):
-    """Scaled dot-product attention, `(1, H, L, D)` each, segment by segment of a shared batch.
+    """Scaled dot-product attention along a shared batch, `(1, H, L, D)` each.
 
-    Each segment costs what it costs in a row of its own: a mask of all positions would cost the square of all of them.
+    Each segment costs what it costs in a row of its own, where a mask of all positions costs the square of all of
+    them. On a CPU the segments are computed one after another. A GPU would wait for the launch of each: there all of
+    them are one call of flash attention, or of one mask where it cannot be had.
     """
     if shared_batch is None:
         if attention_mask is not None and not attention_mask.shape[-1]:
@@ -33,6 +41,13 @@ def _trie_attention(module, query, key, value, attention_mask, shared_batch: Sha
                 "each token attends to; `packed_forward=False` does without them"
             )
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if query.is_cuda:
+        queries, keys, values = _as_autocast(query, key, value)
+        if _has_flash_attention(queries, values, kwargs):
+            sequences = shared_batch.sequences(query.device)
+            return flash_along_trie(queries, keys, values, sequences, kwargs.get("scaling"), varlen_attn), None
+        mask = shared_batch.dense_mask(query.device)
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     outputs = []
     for own, keys, mask in shared_batch.segment_indices(query.device):
         key_part, value_part = (
@@ -42,6 +57,65 @@ def _trie_attention(module, query, key, value, attention_mask, shared_batch: Sha
         )
         outputs.append(sdpa_attention_forward(module, query[:, :, own], key_part, value_part, mask, **kwargs)[0])
     return torch.cat(outputs, dim=1), None
+
+
+def _as_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """As autocast would have it, which knows torch's own attention and not `varlen_attn`."""
+    if not torch.is_autocast_enabled("cuda"):
+        return list(tensors)
+    return [tensor.to(torch.get_autocast_dtype("cuda")) for tensor in tensors]
+
+
+def _has_flash_attention(query: torch.Tensor, value: torch.Tensor, options: dict[str, Any]) -> bool:
+    """Whether torch's kernel computes this: 16 bits, a GPU since Ampere, nothing but scaled dot products."""
+    width = query.shape[-1]
+    return (
+        varlen_attn is not None
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and width == value.shape[-1]
+        and width <= 256
+        and width % 8 == 0
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and not options.get("dropout")
+        and options.get("softcap") is None
+        and options.get("s_aux") is None
+    )
+
+
+def flash_along_trie(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sequences: Sequences,
+    scaling: float | None,
+    kernel: Callable[..., torch.Tensor],
+) -> torch.Tensor:
+    """Attention of all segments in one call of a kernel for sequences of unequal lengths.
+
+    Args:
+        query: `(1, H, L, D)`.
+        key, value: `(1, H', L, D)`, each of the `H'` heads for `H / H'` heads of the queries.
+        sequences: of the shared batch.
+        scaling: of the dot products; None for `1 / sqrt(D)`.
+        kernel: such as `torch.nn.attention.varlen.varlen_attn`, causal from the bottom right.
+
+    Returns:
+        `(1, L, H, D)`.
+    """
+    groups = query.shape[1] // key.shape[1]
+    seen = [part[0].transpose(0, 1).index_select(0, sequences.keys) for part in (key, value)]
+    if groups > 1:
+        seen = [part.repeat_interleave(groups, dim=1) for part in seen]
+    return kernel(
+        query[0].transpose(0, 1),
+        *seen,
+        sequences.query_offsets,
+        sequences.key_offsets,
+        sequences.most_queries,
+        sequences.most_keys,
+        scale=scaling,
+        window_size=(-1, 0),
+    )[None]
 
 
 AttentionInterface.register(TRIE_ATTENTION, _trie_attention)

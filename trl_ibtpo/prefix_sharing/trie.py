@@ -30,6 +30,20 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Sequences:
+    """Segments as sequences of unequal lengths, `S` of them, for kernels that compute all in one call.
+
+    The queries of a sequence are the tokens of its segment and the last of its keys: causal from the bottom right.
+    """
+
+    keys: torch.Tensor  # (K,): the positions that each segment sees, one segment after the other
+    query_offsets: torch.Tensor  # (S + 1,), int32: where the queries of each begin, and their number
+    key_offsets: torch.Tensor  # (S + 1,), int32
+    most_queries: int
+    most_keys: int
+
+
+@dataclass(frozen=True)
 class SharedBatch:
     """A batch of `B` rows with `C` completion columns as one row of `L` tokens."""
 
@@ -41,6 +55,7 @@ class SharedBatch:
     gather: torch.Tensor  # (B, C): position that predicts each completion token; 0 where there is none
     scored: torch.Tensor  # (B, C): boolean, whether there is a token
     _indices: dict = field(default_factory=dict, repr=False, compare=False)  # device to those of the segments
+    _sequences: dict = field(default_factory=dict, repr=False, compare=False)  # device to `Sequences`
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
         """Values of the one row, `(1, L)`, to rows, `(B, C)`; 0 where nothing is scored, as in TRL.
@@ -49,9 +64,9 @@ class SharedBatch:
         """
         return values[0].to(self.gather.device)[self.gather].masked_fill(~self.scored, 0)
 
-    def dense_mask(self) -> torch.Tensor:
+    def dense_mask(self, device: torch.device | None = None) -> torch.Tensor:
         """Which position (row) attends to which (column), boolean, `(1, 1, L, L)`."""
-        positions = torch.arange(len(self.subtree_end), device=self.input_ids.device)
+        positions = torch.arange(len(self.subtree_end), device=device or self.input_ids.device)
         end = torch.from_numpy(self.subtree_end).to(positions.device)
         return ((positions[None] <= positions[:, None]) & (positions[:, None] < end[None]))[None, None]
 
@@ -87,6 +102,25 @@ class SharedBatch:
         if device not in self._indices:
             self._indices[device] = [_indices_of(segment, device) for segment in self.segments]
         return self._indices[device]
+
+    def sequences(self, device: torch.device) -> Sequences:
+        """The segments for one call of a kernel; made once for each device."""
+        if device not in self._sequences:
+            runs = [(*segment.ancestors, (segment.start, segment.stop)) for segment in self.segments]
+            keys = [np.concatenate([np.arange(*run) for run in each]) for each in runs]
+            queries = [segment.stop - segment.start for segment in self.segments]
+            self._sequences[device] = Sequences(
+                keys=torch.from_numpy(np.concatenate(keys)).to(device),
+                query_offsets=_offsets(queries, device),
+                key_offsets=_offsets([len(each) for each in keys], device),
+                most_queries=max(queries),
+                most_keys=max(len(each) for each in keys),
+            )
+        return self._sequences[device]
+
+
+def _offsets(counts: list[int], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.cumsum([0, *counts], dtype=np.int32)).to(device)
 
 
 def _indices_of(segment: Segment, device: torch.device) -> tuple[slice, torch.Tensor | None, torch.Tensor | None]:
