@@ -126,6 +126,7 @@ class Setting:
 
 
 SETTINGS = {
+    "chain3": Setting(budget=120_000, learning_rate=4e-4),
     "chain7": Setting(budget=240_000, learning_rate=4e-4),
     "chain10": Setting(budget=360_000, learning_rate=4e-4),
     "chain8": Setting(budget=180_000, learning_rate=4e-4),

@@ -155,6 +155,7 @@ CHAIN10 = Chain("chain10", steps=10, modulus=23)
 TASKS: dict[str, FactTask] = {
     task.name: task
     for task in (
+        Chain("chain3", steps=3, modulus=23, warm_steps=(250,), warm_learning_rate=1e-3, base=CHAIN10),
         Chain("chain7", steps=7, modulus=23, warm_steps=(250,), warm_learning_rate=1e-3, base=CHAIN10),
         CHAIN10,
         Chain("chain8", steps=8, modulus=17),
