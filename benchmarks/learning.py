@@ -58,6 +58,7 @@ def planned() -> list[Run]:
         ("chain7", [name for name in METHODS if name not in I2B_LPO + NOISE], range(6)),
         ("chain7", I2B_LPO, range(8)),
         ("chain7", NOISE, range(4)),
+        ("chain3", ["grpo_8", "confidence_sampled", "confidence_once", "ibtpo", "confidence"], range(6)),
     ]
     runs = [Run(task, method, seed) for task, methods, seeds in stages for seed in seeds for method in methods]
     return list(dict.fromkeys(runs))

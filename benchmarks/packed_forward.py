@@ -100,19 +100,35 @@ def shared_forward(model, input_ids, mask, kept) -> torch.Tensor:
     return shared_logps_and_entropies(model, model, share_prefixes(input_ids, mask, kept))[0]
 
 
-def measure(model, forward: Callable, batch: tuple, bf16: bool = False) -> dict:
-    """Seconds of one forward and backward pass, with log-probabilities and gradients."""
+def forward_backward(model, forward: Callable, batch: tuple, bf16: bool) -> torch.Tensor:
+    """One pass of each, from gradients of None; the log-probabilities."""
     model.zero_grad()
-    _synchronize(model.device)
-    begin = time.perf_counter()
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         logps = forward(model, *batch)
     # Any loss of the log-probabilities; this one is smooth and gives every token another weight.
     (logps.sin() * batch[1][:, -batch[2] :]).sum().backward()
+    return logps.detach()
+
+
+def seconds_of(model, forward: Callable, batch: tuple, bf16: bool) -> float:
     _synchronize(model.device)
-    seconds = time.perf_counter() - begin
-    gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-    return {"seconds": seconds, "logps": logps.detach(), "gradient": gradient}
+    begin = time.perf_counter()
+    forward_backward(model, forward, batch, bf16)
+    _synchronize(model.device)
+    return time.perf_counter() - begin
+
+
+def difference(model, batch: tuple, bf16: bool) -> dict[str, float]:
+    """By how much the forwards differ: the most of a log-probability, and the gradient as a share of its norm."""
+    logps, gradients = [], []
+    for forward in (padded_forward, shared_forward):
+        logps.append(forward_backward(model, forward, batch, bf16))
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    plain, shared = gradients
+    return {
+        "max_logp_diff": float((logps[1] - logps[0]).abs().max()),
+        "grad_rel_diff": float((shared - plain).norm() / plain.norm()),
+    }
 
 
 def peak_memory(model, forward: Callable, batch: tuple, bf16: bool = False) -> float:
@@ -120,7 +136,7 @@ def peak_memory(model, forward: Callable, batch: tuple, bf16: bool = False) -> f
     model.zero_grad()
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        measure(model, forward, batch, bf16)
+        forward_backward(model, forward, batch, bf16)
         return torch.cuda.max_memory_allocated()
     tracker = MemTracker()
     tracker.track_external(model)
@@ -137,6 +153,9 @@ def _synchronize(device) -> None:
 def main() -> None:
     arguments = common.parser(__doc__.splitlines()[0])
     arguments.add_argument("--repeats", type=int, default=3, help="micro-batches of each shape")
+    arguments.add_argument(
+        "--passes", type=int, default=3, help="of each forward over a micro-batch; the median counts"
+    )
     arguments.add_argument("--layers", type=int, default=4)
     arguments.add_argument("--hidden", type=int, default=512)
     arguments.add_argument("--vocabulary", type=int, default=8192)
@@ -175,24 +194,22 @@ def compare(attention: str, args) -> list[dict]:
             for repeat in range(args.repeats):
                 progress.set_description(f"{attention}, {shape}")
                 batch = make_batch(settings, repeat, args.max_length, config.vocab_size, model.device)
-                if repeat == 0:  # warm up
-                    for forward in (padded_forward, shared_forward):
-                        measure(model, forward, batch, args.bf16)
-                plain = measure(model, padded_forward, batch, args.bf16)
-                shared = measure(model, shared_forward, batch, args.bf16)
+                found = difference(model, batch, args.bf16)  # also warms up: every batch has shapes of its own
+                seconds = {padded_forward: [], shared_forward: []}
+                for _ in range(args.passes):
+                    for forward, taken in seconds.items():  # in turns
+                        taken.append(seconds_of(model, forward, batch, args.bf16))
+                plain, shared = (float(np.median(taken)) for taken in seconds.values())
                 results.append(
                     {
                         "unique_tokens": share_prefixes(*batch).input_ids.numel(),
                         "real_tokens": int(batch[1].sum()),
                         "padded_tokens": batch[1].numel(),
-                        "padded_seconds": plain["seconds"],
-                        "time_ratio": shared["seconds"] / plain["seconds"],
+                        "padded_seconds": plain,
+                        "time_ratio": shared / plain,
                         "memory_ratio": peak_memory(model, shared_forward, batch, args.bf16)
                         / peak_memory(model, padded_forward, batch, args.bf16),
-                        "max_logp_diff": float((shared["logps"] - plain["logps"]).abs().max()),
-                        "grad_rel_diff": float(
-                            (shared["gradient"] - plain["gradient"]).norm() / plain["gradient"].norm()
-                        ),
+                        **found,
                     }
                 )
                 progress.update()

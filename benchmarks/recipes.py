@@ -4,12 +4,13 @@
 
 The recipe's own fields are parsed as its script parses them, and train a model of the size that it names, with random
 weights and a vocabulary as large, on questions of random words. Random weights seldom stop, so completions are as long
-as the recipe allows: the worst case for memory. Their steps end at a letter, since they write no blank lines, and
+as the recipe allows: the worst case for memory. They write no blank lines, so steps have a fixed number of tokens, and
 rewards are drawn from a hash of the completion, so that every question trains.
 
-`peak_gib` is the most memory that the GPU's driver reports while the run goes on, whatever holds it; `training_gib`
-the peak of torch's allocator after the last generation, with what vLLM keeps in it. Each recipe runs in a process of
-its own.
+`batch_seconds` is the time of a generation batch: trees, rewards, and log-probabilities of the reference model where
+the recipe has one; `training_seconds` the rest of the optimizer step. `peak_gib` is the most memory that the first
+GPU's driver reports while the run goes on, whatever holds it; `training_gib` the peak of torch's allocator after the
+last generation, with what vLLM keeps in it. Each recipe runs in a process of its own.
 """
 
 import json
@@ -26,7 +27,7 @@ from benchmarks import common
 
 RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
 QUESTIONS, WORDS = 64, 60
-DELIMITER = "e"
+STEP_TOKENS = 64
 
 
 def random_questions():
@@ -48,8 +49,9 @@ def parse(recipe: str, settings: list[str], folder: str) -> tuple[Any, Any]:
 
     from trl_ibtpo import IBTPOConfig
 
-    flags = ["--config", str(RECIPES / f"{recipe}.yaml"), "--output_dir", folder, "--step_delimiter", DELIMITER]
-    flags += ["--max_steps", "2", "--report_to", "none", "--save_strategy", "no", "--log_completions", "False"]
+    flags = ["--config", str(RECIPES / f"{recipe}.yaml"), "--output_dir", folder, "--save_strategy", "no"]
+    flags += ["--max_steps", "2", "--report_to", "none", "--log_completions", "False"]
+    flags += ["--step_min_tokens", str(STEP_TOKENS), "--step_max_tokens", str(STEP_TOKENS)]
     for setting in settings:
         name, value = setting.split("=", 1)
         flags += [f"--{name}", value]
@@ -73,9 +75,10 @@ def train(recipe: str, settings: list[str], layers: int | None, vocabulary: int)
         def _generate_and_score_completions(self, inputs):
             begin = time.perf_counter()
             outputs = super()._generate_and_score_completions(inputs)
-            self.generation_seconds = time.perf_counter() - begin
             if on_gpu:
+                torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
+            self.batch_seconds = time.perf_counter() - begin
             return outputs
 
     class Watch(TrainerCallback):
@@ -83,12 +86,15 @@ def train(recipe: str, settings: list[str], layers: int | None, vocabulary: int)
             self.begin = time.perf_counter()
 
         def on_step_end(self, args, state, control, **kwargs):
+            if on_gpu:
+                torch.cuda.synchronize()
             self.seconds = time.perf_counter() - self.begin
 
     folder = tempfile.mkdtemp()
     args, model_args = parse(recipe, settings, folder)
     path = sizes.save_random(f"{folder}/model", model_args.model_name_or_path, layers, vocabulary)
-    args.model_init_kwargs = {"dtype": model_args.dtype, **(args.model_init_kwargs or {})}
+    loading = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    args.model_init_kwargs = {**loading, **(args.model_init_kwargs or {})}
     options = {"quantization_config": get_quantization_config(model_args), "peft_config": get_peft_config(model_args)}
     trainer, watch = Timed(path, coin, args, random_questions(), **options), Watch()
     trainer.add_callback(watch)
@@ -105,8 +111,8 @@ def train(recipe: str, settings: list[str], layers: int | None, vocabulary: int)
         "depth": logged["tree/depth"],
         "effective_rate": logged["tree/effective_rate"],
         "grad_norm": logged["grad_norm"],
-        "generation_seconds": trainer.generation_seconds,
-        "training_seconds": watch.seconds - trainer.generation_seconds,
+        "batch_seconds": trainer.batch_seconds,
+        "training_seconds": watch.seconds - trainer.batch_seconds,
         "training_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0,
     }
 

@@ -130,6 +130,9 @@ def test_a_trie_by_hand():
     assert shared.scored.sum(1).tolist() == [3, 3, 2, 3, 0]
     assert shared.unpack(torch.arange(1.0, 8)[None]).tolist()[2] == [2, 3, 0]
     assert shared.dense_mask()[0, 0, 6].tolist() == [True, True, True, False, False, True, True]
+    additive = shared.additive_mask(torch.device("cpu"), torch.float16)
+    assert torch.equal(additive == 0, shared.dense_mask()) and additive.min() == torch.finfo(torch.float16).min
+    assert additive.stride(-2) == 16  # kernels copy masks whose rows begin elsewhere
 
 
 @settings(max_examples=200, deadline=None, database=None)

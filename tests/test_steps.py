@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from trl_ibtpo.steps import StepSplitter, limited_ends, step_ends
+from trl_ibtpo.steps import StepSplitter, limited_ends, special_ids, step_ends
 
 TOKENIZERS = {"byte_level": tiny.byte_level_tokenizer(), "sentencepiece": tiny.sentencepiece_tokenizer()}
 DELIMITERS = ["\n\n", "\n", "###", " then ", "。", "---"]
@@ -121,6 +121,13 @@ def test_added_tokens_are_read_as_they_are_decoded():
     token_ids = tokenizer.encode("So", add_special_tokens=False) + tokenizer.convert_tokens_to_ids(contents)
     # "So", "<think>" and "数" with its blank line are a step; a run of line feeds after "é é" ends the next.
     assert splitter.ends(token_ids) == [len(token_ids) - 2, len(token_ids)]
+
+
+def test_a_special_token_that_was_never_added_has_no_id():
+    tokenizer = tiny.byte_level_tokenizer()
+    tokenizer.pad_token = "<|not there|>"
+    assert None in tokenizer.all_special_ids
+    assert all(isinstance(token_id, int) for token_id in special_ids(tokenizer))
 
 
 def test_line_feeds_as_pieces_of_their_own():

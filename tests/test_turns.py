@@ -12,6 +12,7 @@ import test_growth
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trl_ibtpo.engines.base import RolloutRequest
 from trl_ibtpo.engines.turns import TurnEngine
 from trl_ibtpo.grown_tree import GrowthSettings
 from trl_ibtpo.growth import drive
@@ -209,3 +210,23 @@ def test_batches_do_not_depend_on_which_tool_is_quicker():
         return inner.batches
 
     assert batches(quick={0, 1}) == batches(quick={2, 3})
+
+
+def test_what_a_tool_raises_does_not_wait_for_the_others():
+    class Host:
+        def __init__(self):
+            self.futures = [Future(), Future()]
+
+        def begin(self, request):
+            return self.futures[request.request_id]
+
+    class Inner:
+        max_length, clock = None, "polls"
+
+    host = Host()
+    engine = TurnEngine(Inner(), host)
+    engine.submit([RolloutRequest(number, [1], 8, 0) for number in range(2)])
+    assert engine.poll() == []  # neither has answered
+    host.futures[1].set_exception(OSError("no such server"))
+    with pytest.raises(OSError, match="no such server"):
+        engine.poll()

@@ -230,7 +230,8 @@ class StepSplitter:
 def special_ids(tokenizer) -> frozenset[int]:
     """Ids of all special tokens, also of those without a role of their own, such as turn markers of chat templates."""
     added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return frozenset(tokenizer.all_special_ids) | added
+    # A special token that was set but never added has no id, and nobody can sample it.
+    return (frozenset(tokenizer.all_special_ids) | added) - {None}
 
 
 def _is_byte_level(tokenizer) -> bool:

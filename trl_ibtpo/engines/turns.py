@@ -8,7 +8,7 @@ else there is, unless it samples batch by batch, when every batch waits for the 
 
 import math
 from collections.abc import Hashable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -89,8 +89,12 @@ class TurnEngine:
     def poll(self) -> list[Rollout]:
         # Where a poll samples a batch, what is in it, and so what is sampled, must not depend on which tool was first;
         # and one batch of all costs less than many small ones.
-        if self.clock == "polls" and self._waiting and wait(self._waiting, PATIENCE).not_done:
-            return []
+        if self.clock == "polls" and self._waiting:
+            answered, not_done = wait(self._waiting, PATIENCE, return_when=FIRST_EXCEPTION)
+            if not_done:
+                for future in answered:
+                    future.result()  # raises what the host raised: nobody need wait for the others then
+                return []
         finished = self._continue()
         if self._sampling:
             finished += self._end_turns(self._inner.poll())

@@ -1,5 +1,6 @@
 """How a model attends along the trie of a shared batch, and for which models that is exact."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +13,15 @@ from .trie import Sequences, SharedBatch
 
 try:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch before 2.10
+except ImportError:  # torch before 2.10; the arguments that are needed came with 2.11
     varlen_attn = None
 
 TRIE_ATTENTION = "ibtpo_trie"  # sdpa, and along the trie where a shared batch comes with the forward
 # In place of a mask where the batch says who attends to whom. transformers takes a mask of four dimensions as it is,
 # and one of no keys fits no attention: a layer that gets it without the batch cannot go on.
 _NO_KEYS = torch.ones(1, 1, 1, 0, dtype=torch.bool)
+
+DENSE_LIMIT = 8192  # tokens of a shared batch whose mask of all positions still fits a GPU: 256 MiB in float32
 
 UNUSED_WINDOWS = {"max_window_layers"}  # fields of configurations that are no number of tokens
 
@@ -32,7 +35,7 @@ def _trie_attention(module, query, key, value, attention_mask, shared_batch: Sha
 
     Each segment costs what it costs in a row of its own, where a mask of all positions costs the square of all of
     them. On a CPU the segments are computed one after another. A GPU would wait for the launch of each: there all of
-    them are one call of flash attention, or of one mask where it cannot be had.
+    them are one call of flash attention, or, where that cannot be had and the batch is small, of one mask.
     """
     if shared_batch is None:
         if attention_mask is not None and not attention_mask.shape[-1]:
@@ -46,8 +49,9 @@ def _trie_attention(module, query, key, value, attention_mask, shared_batch: Sha
         if _has_flash_attention(queries, values, kwargs):
             sequences = shared_batch.sequences(query.device)
             return flash_along_trie(queries, keys, values, sequences, kwargs.get("scaling"), varlen_attn), None
-        mask = shared_batch.dense_mask(query.device)
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+        if query.shape[2] <= DENSE_LIMIT:
+            mask = shared_batch.additive_mask(query.device, queries.dtype)
+            return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     outputs = []
     for own, keys, mask in shared_batch.segment_indices(query.device):
         key_part, value_part = (
@@ -68,14 +72,17 @@ def _as_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 def _has_flash_attention(query: torch.Tensor, value: torch.Tensor, options: dict[str, Any]) -> bool:
     """Whether torch's kernel computes this: 16 bits, a GPU since Ampere, nothing but scaled dot products."""
-    width = query.shape[-1]
+    width, capability = query.shape[-1], torch.cuda.get_device_capability(query.device)
     return (
         varlen_attn is not None
+        and {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
+        and torch.backends.cuda.is_flash_attention_available()
         and query.dtype in (torch.float16, torch.bfloat16)
         and width == value.shape[-1]
         and width <= 256
         and width % 8 == 0
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and capability >= (8, 0)
+        and (not 192 < width <= 224 or capability in ((8, 0), (9, 0)))  # its backward pass has more conditions
         and not options.get("dropout")
         and options.get("softcap") is None
         and options.get("s_aux") is None
@@ -133,9 +140,7 @@ def model_arguments(model: PreTrainedModel, shared: SharedBatch) -> dict[str, An
         return {**arguments, "attention_mask": _NO_KEYS.to(shared.input_ids.device), "shared_batch": shared}
     if implementation == "flex_attention":
         return {**arguments, "attention_mask": shared.block_mask()}
-    mask = shared.dense_mask()
-    additive = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
-    return {**arguments, "attention_mask": additive.masked_fill_(~mask, torch.finfo(model.dtype).min)}
+    return {**arguments, "attention_mask": shared.additive_mask(shared.input_ids.device, model.dtype)}
 
 
 def why_not_shared(model: PreTrainedModel) -> str | None:

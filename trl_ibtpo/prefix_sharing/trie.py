@@ -56,6 +56,7 @@ class SharedBatch:
     scored: torch.Tensor  # (B, C): boolean, whether there is a token
     _indices: dict = field(default_factory=dict, repr=False, compare=False)  # device to those of the segments
     _sequences: dict = field(default_factory=dict, repr=False, compare=False)  # device to `Sequences`
+    _masks: dict = field(default_factory=dict, repr=False, compare=False)  # device and dtype to `additive_mask`
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
         """Values of the one row, `(1, L)`, to rows, `(B, C)`; 0 where nothing is scored, as in TRL.
@@ -64,11 +65,23 @@ class SharedBatch:
         """
         return values[0].to(self.gather.device)[self.gather].masked_fill(~self.scored, 0)
 
-    def dense_mask(self, device: torch.device | None = None) -> torch.Tensor:
+    def dense_mask(self) -> torch.Tensor:
         """Which position (row) attends to which (column), boolean, `(1, 1, L, L)`."""
-        positions = torch.arange(len(self.subtree_end), device=device or self.input_ids.device)
+        positions = torch.arange(len(self.subtree_end), device=self.input_ids.device)
         end = torch.from_numpy(self.subtree_end).to(positions.device)
         return ((positions[None] <= positions[:, None]) & (positions[:, None] < end[None]))[None, None]
+
+    def additive_mask(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """The same as numbers that are added to the scores of attention: one for all layers of a device.
+
+        Its rows begin at multiples of 16 numbers, which kernels would otherwise copy it for.
+        """
+        if (device, dtype) not in self._masks:
+            mask = self.dense_mask().to(device)
+            length = mask.shape[-1]
+            additive = torch.zeros(1, 1, length, -(-length // 16) * 16, dtype=dtype, device=device)[..., :length]
+            self._masks[device, dtype] = additive.masked_fill_(~mask, torch.finfo(dtype).min)
+        return self._masks[device, dtype]
 
     def block_mask(self) -> BlockMask:
         """The same for flex attention, from blocks alone: nothing of size `L x L` is made."""
