@@ -92,6 +92,11 @@ def train(recipe: str, settings: list[str], layers: int | None, vocabulary: int)
 
     folder = tempfile.mkdtemp()
     args, model_args = parse(recipe, settings, folder)
+    if model_args.model_name_or_path not in sizes.SIZES:
+        raise SystemExit(
+            f"{recipe}.yaml trains {model_args.model_name_or_path}, whose size is not known here. Known: "
+            f"{', '.join(sizes.SIZES)}."
+        )
     path = sizes.save_random(f"{folder}/model", model_args.model_name_or_path, layers, vocabulary)
     loading = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     args.model_init_kwargs = {**loading, **(args.model_init_kwargs or {})}

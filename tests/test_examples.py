@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser
 from trl.rewards import accuracy_reward
 
+from benchmarks import recipes, sizes
 from benchmarks.learning_methods import METHODS
 from trl_ibtpo import IBTPOConfig
 from trl_ibtpo.i2b_lpo import I2B_LPO
@@ -379,6 +380,18 @@ def test_recipe(recipe, tmp_path):
     assert script_args.dataset_name and model_args.model_name_or_path
     if not model_args.use_peft:
         assert (args.learning_rate, args.max_completion_length) == (1e-6, 2048)
+
+
+@pytest.mark.parametrize("recipe", ["qwen3_1.7b_ibtpo", "lora_24gb", "qlora_16gb"])
+def test_a_recipe_is_measured_as_it_is(recipe, tmp_path):
+    """But for a run of two steps, and steps that random weights have too."""
+    args, model_args = recipes.parse(recipe, ["use_cpu=True", "bf16=False", "learning_rate=0.5"], str(tmp_path))
+    written = yaml.safe_load((EXAMPLES / "recipes" / f"{recipe}.yaml").read_text())
+    assert model_args.model_name_or_path == written["model_name_or_path"] in sizes.SIZES
+    for name in ("max_completion_length", "per_device_train_batch_size", "gradient_accumulation_steps", "beta"):
+        assert getattr(args, name) == written[name]
+    assert (args.learning_rate, args.max_steps) == (0.5, 2)
+    assert args.step_min_tokens == args.step_max_tokens == recipes.STEP_TOKENS
 
 
 @pytest.mark.parametrize("path", ACCELERATE_CONFIGS, ids=lambda path: path.name)
