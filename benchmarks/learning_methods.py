@@ -133,3 +133,5 @@ SETTINGS = {
     "sums": Setting(budget=240_000, learning_rate=7e-4),
     "chain12": Setting(budget=900_000, learning_rate=3e-4),
 }
+# Steps of a solution, for pictures that load no task.
+STEPS = {"chain3": 3, "chain7": 7, "sums": 7, "chain8": 8, "chain10": 10, "chain12": 12}

@@ -8,12 +8,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from benchmarks.estimates import Estimate
+from benchmarks.learning_methods import STEPS
 from benchmarks.learning_tables import DYNAMICS, MAIN, Results, claims, difference, name_of, others
 
 COSTS = {"generated_tokens": "generated tokens", "trained_tokens": "trained tokens", "cpu_seconds": "CPU seconds"}
 DPI = 110
 # Where TRL's trainer logs no covariance, the same training in this package does.
 DRAWN = [*MAIN, "independent_8"]
+BY_STEPS = ["confidence_sampled", "confidence_once", "ibtpo"]
 
 
 def plain(text: str) -> str:
@@ -78,6 +80,34 @@ def _differences(names: Sequence[str], estimates: Sequence[dict[str, Estimate]],
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     axis.grid(alpha=0.3, axis="x")
     figure.savefig(path, dpi=DPI)
+    return figure
+
+
+def tasks_by_steps(results: Results) -> list[str]:
+    """Tasks on which trees were compared with GRPO, by the steps of their solutions; none where there is one alone."""
+    tasks = [task for task in STEPS if difference(results, task, BY_STEPS[0], MAIN[0], "area").count > 1]
+    return tasks if len(tasks) > 1 else []
+
+
+def draw_by_steps(results: Results, folder: Path) -> Figure:
+    """What trees add to GRPO on each of `tasks_by_steps`."""
+    tasks = tasks_by_steps(results)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.subplots()
+    for number, method in enumerate(BY_STEPS):
+        found = {place: difference(results, task, method, MAIN[0], "area") for place, task in enumerate(tasks)}
+        found = {place + 0.15 * (number - 1): each for place, each in found.items() if each.count > 1}
+        low, mean, high = ([100 * getattr(each, name) for each in found.values()] for name in ("low", "mean", "high"))
+        axis.vlines(list(found), low, high, color=f"C{number}", lw=1.5)
+        axis.plot(list(found), mean, "o", color=f"C{number}", label=plain(name_of(method)))
+    axis.axhline(0, color="black", lw=0.8)
+    axis.set_xticks(range(len(tasks)), [f"'{task}'\n{STEPS[task]} steps" for task in tasks])
+    axis.set_ylabel("points of area, 95% interval")
+    axis.set_title(f"What trees add to {plain(name_of(MAIN[0]))}, by the steps of a solution")
+    axis.grid(alpha=0.3, axis="y")
+    figure.legend(loc="outside lower center", ncols=len(BY_STEPS), fontsize="small")
+    figure.savefig(folder / "gain_by_steps.png", dpi=DPI)
     return figure
 
 

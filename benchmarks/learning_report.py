@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.learning_methods import METHODS
-from benchmarks.learning_pictures import draw
+from benchmarks.learning_pictures import draw, draw_by_steps, tasks_by_steps
 from benchmarks.learning_tables import (
     MAIN,
     PARTS,
@@ -127,6 +127,8 @@ def generated_part(results: Results) -> str:
     )
     if table := task_table(results):
         parts += ["The claims on each task, with Holm's correction over those of the task:\n", table]
+    if tasks_by_steps(results):
+        parts.append("![What trees add, by the steps of a solution](images/gain_by_steps.png)\n")
     parts += [
         "## Which part does it\n",
         "What each part adds to the area, all else equal, judged by its own interval without correction:\n",
@@ -159,4 +161,6 @@ def write(results: Results, page: Path = PAGE, images: Path = IMAGES) -> None:
     for task in results.tasks():
         if any(run.task == task for run in results.complete):
             draw(results, task, images)
+    if tasks_by_steps(results):
+        draw_by_steps(results, images)
     page.write_text(put(page.read_text(), "from the rows", generated_part(results)))

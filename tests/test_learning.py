@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import estimates, learning, learning_pictures, learning_report, learning_tables, sensitivity
 from benchmarks.estimates import Estimate, holm
-from benchmarks.learning_methods import FIRST, METHODS, Setting
+from benchmarks.learning_methods import FIRST, METHODS, STEPS, Setting
 from benchmarks.learning_tables import Run
 
 # Of Student's distribution, from printed tables: 97.5% points by degrees of freedom.
@@ -280,6 +280,23 @@ def test_pictures_show_what_the_rows_say(tmp_path):
     final, area = (line for line in figures["others_chain7"].axes[0].lines if len(line.get_xdata()) == 1)
     pairs = [0.3 - 0.5, 0.33 - 0.4]
     assert (final.get_xdata()[0], area.get_xdata()[0]) == pytest.approx((50 * sum(pairs), 25 * sum(pairs)))
+
+
+def test_the_picture_by_steps_shows_what_the_rows_say(tmp_path):
+    from benchmarks.tasks import TASKS
+
+    results = learning_tables.load(learning.RESULTS)
+    tasks = learning_pictures.tasks_by_steps(results)
+    assert [STEPS[task] for task in tasks] == sorted(STEPS[task] for task in tasks) and len(tasks) > 2
+    assert {name: getattr(task, "steps", None) or task.digits for name, task in TASKS.items()} == STEPS
+    (axis,) = learning_pictures.draw_by_steps(results, tmp_path).axes
+    for number, method in enumerate(learning_pictures.BY_STEPS):
+        (points,) = (line for line in axis.lines if line.get_color() == f"C{number}")
+        for place, shown in zip(points.get_xdata(), points.get_ydata(), strict=True):
+            ours, theirs = (
+                second_reader(learning.RESULTS, tasks[round(place)], name, "area") for name in (method, "grpo_8")
+            )
+            assert shown == pytest.approx(interval([ours[seed] - theirs[seed] for seed in ours if seed in theirs])[0])
 
 
 def test_every_run_that_was_started_is_in_the_tables(results_file):
