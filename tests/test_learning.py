@@ -261,6 +261,15 @@ def test_the_readme_says_what_the_rows_say():
     )
 
 
+def test_the_page_says_where_trees_pay():
+    page = " ".join((Path(learning.__file__).parent.parent / "docs" / "results.md").read_text().split())
+    said = page.split("## Where trees pay")[1].split("## ")[0]
+    for task, key, words in (("chain3", "area", "area to GRPO"), ("chain3", "final", "final accuracy")):
+        ours, theirs = (second_reader(learning.RESULTS, task, name, key) for name in ("confidence_sampled", "grpo_8"))
+        mean, low, high = interval([ours[seed] - theirs[seed] for seed in ours])
+        assert f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] points of {words}" in said
+
+
 def test_pictures_show_what_the_rows_say(tmp_path):
     file = small_file(tmp_path / "rows.jsonl")
     results = learning_tables.load(file)
