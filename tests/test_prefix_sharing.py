@@ -35,6 +35,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from benchmarks import architectures
 from trl_ibtpo import IBTPOTrainer
+from trl_ibtpo.prefix_sharing import attention
 from trl_ibtpo.prefix_sharing.attention import (
     MissingBatchError,
     _trie_attention,
@@ -828,6 +829,38 @@ def test_one_call_of_flash_attention_is_all_segments(rows, groups):
         found.append((output, *gradients))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, True),
+        ({"dtype": torch.float16, "width": 256}, True),
+        ({"dtype": torch.float32}, False),
+        ({"width": 12}, False),
+        ({"width": 320}, False),
+        ({"value_width": 32}, False),
+        ({"capability": (7, 5)}, False),
+        ({"width": 208, "capability": (9, 0)}, True),
+        ({"width": 208, "capability": (8, 6)}, False),
+        ({"options": {"dropout": 0.1}}, False),
+        ({"options": {"dropout": 0.0, "softcap": 30.0}}, False),
+        ({"options": {"s_aux": torch.zeros(4)}}, False),
+        ({"kernel": lambda query, key, value, is_causal: query}, False),  # that of torch 2.10
+        ({"kernel": None}, False),
+        ({"built": False}, False),
+    ],
+)
+def test_where_flash_attention_can_be_had(change, expected, monkeypatch):
+    """As the GPU and torch's build would answer."""
+    asked = {"dtype": torch.bfloat16, "width": 64, "capability": (9, 0), "options": {}, "built": True} | change
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked["capability"])
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: asked["built"])
+    if "kernel" in asked:
+        monkeypatch.setattr(attention, "varlen_attn", asked["kernel"])
+    query = torch.zeros(1, 4, 3, asked["width"], dtype=asked["dtype"])
+    value = torch.zeros(1, 4, 3, asked.get("value_width", asked["width"]), dtype=asked["dtype"])
+    assert attention._has_flash_attention(query, value, asked["options"]) == expected
 
 
 def test_hooks_that_move_arguments_leave_the_batch_as_it_is():
