@@ -129,7 +129,7 @@ SETTINGS = {
     "chain3": Setting(budget=120_000, learning_rate=4e-4),
     "chain7": Setting(budget=240_000, learning_rate=4e-4),
     "chain10": Setting(budget=360_000, learning_rate=4e-4),
-    "chain8": Setting(budget=180_000, learning_rate=4e-4),
+    "chain8": Setting(budget=180_000, learning_rate=8e-4),
     "sums": Setting(budget=240_000, learning_rate=7e-4),
     "chain12": Setting(budget=900_000, learning_rate=3e-4),
 }
