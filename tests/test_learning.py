@@ -238,31 +238,26 @@ def test_settings_are_named_where_a_method_was_shown_to_be_better(tmp_path):
 
 
 def test_the_readme_says_what_the_rows_say():
-    readme = " ".join((Path(learning.__file__).parent.parent / "README.md").read_text().split())
+    readme = (Path(learning.__file__).parent.parent / "README.md").read_text()
+    said = readme.split("**Learning")[1].split("**Time")[0]
     results = learning_tables.load(learning.RESULTS)
-    quoted = [
-        ("chain7", " more accuracy at the end"),
-        *((task, "") for task in ("sums", "chain10", "chain12", "chain3")),
-    ]
-    for task, words in quoted:
-        ours, theirs = (
-            second_reader(learning.RESULTS, task, name, "final") for name in ("confidence_sampled", "grpo_8")
-        )
-        mean, low, high = interval([ours[seed] - theirs[seed] for seed in ours])
+    table = cells(said[said.index("| task") :].split("\n\n")[0])
+    assert list(table) == [f"`{task}`" for task in sorted(results.tasks(), key=lambda task: STEPS[task])]
+    for task in results.tasks():
+        steps, course, *differences, pairs = table[f"`{task}`"]
+        theirs = second_reader(learning.RESULTS, task, "grpo_8", "final")
         starts = [
             row["accuracy"]
             for row in rows(learning.RESULTS)
             if (row["task"], row["method"], row.get("generated_tokens")) == (task, "grpo_8", 0)
         ]
         ends = statistics.mean(theirs.values())
-        course = f"where GRPO went from {100 * statistics.mean(starts):.0f}% to {100 * ends:.0f}% ({len(ours)} pairs"
-        assert f"{mean:.1f} [{low:.1f}, {high:.1f}] points{words}, {course}" in readme
-        decided = "confidence_sampled" in learning_report.better(results, task)
-        assert decided != readme.split(course)[1].startswith("), undecided after correction")
-    assert learning_report.better(results, "chain7") == ["confidence_once", "confidence_sampled"]
-    assert "IB-TPO as published did not learn more" in readme and "ibtpo" not in learning_report.better(
-        results, "chain7"
-    )
+        assert (int(steps), course) == (STEPS[task], f"{100 * statistics.mean(starts):.0f}% to {100 * ends:.0f}%")
+        for method, shown in zip(("confidence_sampled", "confidence_once", "ibtpo"), differences, strict=True):
+            ours = second_reader(learning.RESULTS, task, method, "final")
+            both = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+            assert numbers(shown.strip("*")) == pytest.approx(interval(both), abs=0.06) and int(pairs) == len(both)
+            assert shown.startswith("**") == (method in learning_report.better(results, task))
 
 
 def test_the_page_says_where_trees_pay():
