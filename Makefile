@@ -33,6 +33,7 @@ docs: .venv/installed  # site/index.html
 	@echo "Installing pinned packages into .venv; this happens once and takes a few minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(INSTALL) torch==2.13.0
+	@$(BIN)/python -c "import torch; torch.version.cuda and print('pip took the CUDA build of PyTorch: make quickstart works with it; for make test point pip at the wheels for CPUs, see pytorch.org, and delete .venv')"
 	@$(INSTALL) --no-deps -r requirements/cpu.txt
 	@$(INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@

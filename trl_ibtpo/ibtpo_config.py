@@ -115,8 +115,8 @@ class IBTPOConfig(GRPOConfig):
             Tokens after which a step ends without a delimiter. With the same number as `step_min_tokens`, steps have
             that length whatever the text.
         step_noise (`float`, *optional*, defaults to `0.0`):
-            Share of step ends that are moved back in the text at random, by at most the length of the step. To see how
-            much depends on where steps end; the paper reports that 0.1 changes nothing.
+            Share of step ends that are moved further on in the text at random, by at most the length of the step. To
+            see how much depends on where steps end; the paper reports that 0.1 changes nothing.
         step_confidence (`str`, *optional*, defaults to `"geometric_mean"`):
             Probability of a step under the sampling policy, \( \pi(s) \): `"geometric_mean"` per token or `"joint"`.
         success_reward (`str` or `tuple[str, str, float]`, *optional*):
@@ -387,7 +387,8 @@ class IBTPOConfig(GRPOConfig):
     step_noise: float = field(
         default=0.0,
         metadata={
-            "help": "Share of step ends that are moved back in the text at random, by at most the length of the step."
+            "help": "Share of step ends that are moved further on in the text at random, by at most the length of the "
+            "step."
         },
     )
     step_confidence: str = field(

@@ -199,7 +199,7 @@ def _features(usable: dict[str, bool], hooks: str | None) -> list[dict[str, Any]
         ("trees in training", hooks is None, hooks or "every hook of TRL is as tested"),
         ("vLLM colocated", usable["vllm"], vllm),
         ("vLLM sleep mode", sleep, "this platform can" if sleep else why_not_sleep),
-        ("vLLM server", usable["trl"], "needs a vLLM server that this machine can reach, and no vLLM here"),
+        ("vLLM server", usable["vllm"], "needs a vLLM server that this machine can reach, and vLLM installed here"),
         ("bf16", bf16, "the GPU can" if on_gpu else "no GPU: set bf16=False and use_cpu=True"),
         ("LoRA", usable["peft"], needs("peft")),
         ("4-bit models", four_bit, why_four_bit),
