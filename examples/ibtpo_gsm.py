@@ -90,7 +90,7 @@ def main(task_args: TaskArguments, training_args: IBTPOConfig, model_args: Model
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=task_args.task)
+        trainer.push_to_hub()
 
 
 if __name__ == "__main__":

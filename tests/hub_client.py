@@ -52,7 +52,8 @@ def train(folder: Path) -> None:
     tokenizer.push_to_hub(BASE)
     push(MODEL, "every_save", folder)
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    push(ADAPTER, "every_save", folder, peft_config=lora).push_to_hub()
+    trained = push(ADAPTER, "every_save", folder, peft_config=lora)
+    trained.push_to_hub(dataset_name=str(folder))  # which no card may name
     push(CHECKPOINT, "checkpoint", folder)
 
 

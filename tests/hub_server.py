@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import yaml
 from aiohttp import web
+from huggingface_hub.utils import validate_repo_id
 
 USER = "tester"
 
@@ -151,10 +152,13 @@ class HubServer:
         content = (await request.json())["content"]
         try:
             _, metadata, _ = content.split("---\n", 2)
-            tags = yaml.safe_load(metadata)["tags"]
+            metadata = yaml.safe_load(metadata)
+            tags, datasets = metadata["tags"], metadata.get("datasets", [])
+            for name in [datasets] if isinstance(datasets, str) else datasets:
+                validate_repo_id(name)
             if not all(isinstance(tag, str) for tag in tags):
                 raise ValueError(f"tags are {tags}")
-        except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:  # also where a dataset is no id
             return web.json_response({"errors": [{"message": str(error)}], "warnings": []}, status=400)
         return web.json_response({"errors": [], "warnings": []})
 

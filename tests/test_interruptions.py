@@ -185,6 +185,12 @@ def test_full_disk_leaves_earlier_checkpoints_usable(model_path, tmp_path, refer
     assert_equal(finish(model_path, folder, max_steps=10, **CONSTANT), reference)
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    said = checkpoints.describe_failure(tmp_path / "no" / "checkpoint-1", PermissionError("not allowed"))
+    assert "failed with PermissionError: not allowed" in said and "GiB are free" in said
+    assert said.endswith("There is no earlier checkpoint.")
+
+
 def test_sigterm_ends_a_run_as_in_transformers(model_path, tmp_path, reference):
     """Nothing is saved unless `enable_jit_checkpoint` is on; what was saved is usable."""
     folder = tmp_path / "run"

@@ -235,6 +235,27 @@ def test_selection_correction_by_hand():
         assert not selection_bias(tree, values, "leaf_mean", [choice(1, [1], candidates, priorities)]).any()
 
 
+@pytest.mark.parametrize("advantage", ["segment_value", "treerl"])
+def test_an_only_child_gets_nothing_from_the_correction(advantage):
+    # 0 +- 1 -- 2 +- 3     leaf 0: 1
+    #   |         +- 7     leaf 2: 0, branched in round 1
+    #   +- 4 -- 5 -- 6     leaf 1: 0
+    tree = build([(0, [0.5, 0.5, 0.5]), (0, [0.5, 0.5, 0.5]), (2, [0.5])])
+    tree.rounds[2] = 1
+    values = np.array([2 / 3, -1 / 3, -1 / 3])
+    chosen = [choice(1, [2], [2, 1, 5, 4], [1.0, 0.9, 0.2, 0.1])]
+    bias = selection_bias(tree, values, "leaf_mean", chosen)
+    assert bias[2] == bias[1] > 0 and not bias[[0, 3, 4, 5, 6, 7]].any()
+    settings = {"advantage": advantage, "selection_correction": True, "choices": chosen}
+    assert graded(tree, values, **settings).gain_over_parent_N[2] == 0
+    # The same below one rollout, where the question has those leaves too.
+    tree = build([(0, [0.5, 0.5]), (1, [0.5])])
+    tree.rounds[1] = 1
+    chosen = [choice(1, [1], [1, 2], [1.0, 0.5])]
+    corrected = graded(tree, np.array([0.5, -0.5]), **{**settings, "choices": chosen})
+    assert corrected.gain_N[1] == corrected.gain_over_parent_N[1] == 0
+
+
 def test_selection_differences_by_hand():
     # 0 +- 1 +- 2          leaf 0: 1
     #   |    +- 5          leaf 2: 0, round 1
@@ -311,6 +332,10 @@ def test_a_function_of_ones_own():
         (lambda graded: None, r"returned NoneType of shape \(\)"),
         (lambda graded: ["a"] * 5, "returned list of shape"),
         (lambda graded: graded.value_N * NAN, "a number that is not finite.*np.nan_to_num"),
+        (
+            lambda graded: StepAdvantages([np.zeros(2)] * 5, [np.zeros(3)] * 5),
+            r"returned `global_terms` of shapes \[\(2,\), .*5 trajectories of this tree have \[\(2,\), \(1,\)",
+        ),
     ],
 )
 def test_what_a_function_must_return(function, message):

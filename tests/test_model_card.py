@@ -100,7 +100,8 @@ def test_no_tree_is_claimed_where_none_grew(tmp_path):
 def test_the_card_claims_no_more_than_was_done(tmp_path):
     assert "grew one tree of 12 trajectories, and every step got its own advantage." in make_card(tmp_path)
     assert "grew one tree of 12 trajectories on average, and every" in make_card(tmp_path, adaptive_budget=1)
-    assert "grew one tree of 12 trajectories." in make_card(tmp_path, advantage="grpo")
+    for advantage in ("grpo", "treepo", "tree_grpo"):  # one value for a trajectory
+        assert "grew one tree of 12 trajectories." in make_card(tmp_path, advantage=advantage)
 
 
 def test_weights_from_a_folder_have_no_link(tmp_path):

@@ -66,6 +66,13 @@ def test_trees_of_a_run(model_path, config, opened):
     assert curves["Reward"] == [1, 2, 3, 4]
 
 
+def test_trees_that_several_steps_train_on_are_recorded(model_path, config, tmp_path):
+    """They are grown in steps 1, 3 and 5; the wanted step 4 trains on those of step 3."""
+    trainer(model_path, config(log_trees=4, num_iterations=2, max_steps=6)).train()
+    found = sorted(path.name for path in (tmp_path / "out" / "trees").glob("step-*"))
+    assert found == ["step-000001.jsonl", "step-000003.jsonl"]
+
+
 def test_independent_groups_are_recorded_too(model_path, config, opened):
     args = config(log_trees=1, max_steps=1, branching="independent", tree_levels=3)
     trainer(model_path, args).train()

@@ -79,6 +79,13 @@ def test_a_character_split_across_tokens():
     assert step_ends([delimiter[:2], delimiter[2:], *texts], delimiter) == [6, 7]  # at the head it ends nothing
 
 
+def test_a_delimiter_behind_the_end_of_another_at_the_head():
+    """In one token, of delimiters that differ in length; however that text is cut, the step ends with it."""
+    delimiters = (b"</think>", b"\n\n")
+    assert step_ends([b"</thin", b"k>Q\n\n", b"rest"], *delimiters) == [2, 3]
+    assert step_ends([b"</think>Q\n\n", b"rest"], *delimiters) == [1, 2]
+
+
 def test_special_tokens_add_no_text():
     # The end-of-sequence token after a delimiter is a step; between two line feeds it does not part them.
     assert step_ends([b"a", b"\n\n", b""], b"\n\n") == [2, 3]

@@ -102,8 +102,10 @@ TOOLS = [agents.add, agents.double, agents.explode, agents.much]
         (many_turns, {"max_tool_calling_iterations": 1}),
         (too_much, {"max_completion_length": 150}),
         (too_much, {"max_completion_length": 150, "mask_truncated_completions": True}),
+        # Then this package counts anew which completions were cut, and how long the others are.
+        (one_call, {"generation_kwargs": {"eos_token_id": [agents.tokenizer().eos_token_id]}}),
     ],
-    ids=["one call", "many turns", "one iteration", "budget", "truncated masked"],
+    ids=["one call", "many turns", "one iteration", "budget", "truncated masked", "own stop"],
 )
 def test_a_flat_tree_with_tools_equals_grpo(path, config, script, fields):
     _, own = compare(path, config, script, lengths, fields, tools=TOOLS)

@@ -278,6 +278,20 @@ def test_async_reward_and_logging(config, model_path):
     assert trainer.state.log_history[0]["share"] == 0.25
 
 
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_columns_of_the_table_are_not_overwritten(config, model_path, evaluate):
+    def reward(completions, log_extra, **kwargs):
+        log_extra("tree", [7] * len(completions))
+        return tiny.even_length(completions)
+
+    args = config(log_completions=True, max_steps=1)
+    run = IBTPOTrainer(model_path, reward, args, tiny.questions(), tiny.questions(4))
+    with pytest.raises(
+        ValueError, match=r"log_extra\('tree', ...\), but the table of completions has a column of that"
+    ):
+        run.evaluate() if evaluate else run.train()
+
+
 def test_grow_trees(config, model_path):
     """One tree per row, inspectable, without training; reward functions see its prompt, also after an evaluation."""
     seen = []

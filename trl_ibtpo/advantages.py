@@ -55,7 +55,8 @@ class GradedTree:
     def gain_N(self) -> np.ndarray:
         """`V(s) - V(question)`, `(N,)`; 0 where no leaf under a step is scorable."""
         # GRPO has already taken the mean over the leaves off.
-        value_N = self.value_N if self.settings.value_estimate == "leaf_mean" else self.value_N - self.value_N[0]
+        plain = self.settings.value_estimate == "leaf_mean" and not self.settings.selection_correction
+        value_N = self.value_N if plain else self.value_N - self.value_N[0]
         return np.nan_to_num(value_N, nan=0.0)
 
     @cached_property
@@ -251,6 +252,14 @@ def _checked(tree: RolloutTree, function: AdvantageFunction, terms: StepAdvantag
                 f"per step, ({len(tree)},), or one per trajectory, ({len(tree.leaves)},)."
             )
         terms = StepAdvantages.of(tree, values.astype(float))
+    wanted = [(len(tree.path(leaf)),) for leaf in tree.leaves]
+    for term in ("global_terms", "local_terms"):
+        shapes = [np.shape(values) for values in getattr(terms, term)]
+        if shapes != wanted:
+            raise ValueError(
+                f"The advantage function '{name}' returned `{term}` of shapes {shapes}; the {len(wanted)} "
+                f"trajectories of this tree have {wanted}, one number for each step."
+            )
     if not all(np.isfinite(values).all() for values in (*terms.global_terms, *terms.local_terms)):
         raise ValueError(
             f"The advantage function '{name}' returned a number that is not finite. Steps without a scorable leaf "

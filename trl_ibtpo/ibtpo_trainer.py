@@ -5,6 +5,7 @@ everything else, and copies none of TRL's methods. What it mixes in keeps to one
 (`generation`), what is said of them (`reports`), the forward pass (`trainer_mixin`), checkpoints.
 """
 
+import os
 import textwrap
 from typing import Any
 
@@ -211,8 +212,10 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
         finally:
             self._close_environments_between_runs()
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        super().create_model_card(*args, **kwargs)
+    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, **kwargs: Any) -> None:
+        # A file or folder of this machine is no dataset of the Hub, which refuses a card that names one.
+        local = isinstance(dataset_name, str) and os.path.exists(dataset_name)
+        super().create_model_card(model_name, None if local else dataset_name, **kwargs)
         if not self.is_world_process_zero():
             return
         try:

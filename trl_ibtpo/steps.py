@@ -35,11 +35,10 @@ def step_ends(token_texts: Sequence[bytes], *delimiters: bytes) -> list[int]:
     ends: list[int] = []
     text = b""
     for position, token_text in enumerate(token_texts):
-        searched = len(text)
         # At every token, since a delimiter at the head may itself be split across tokens.
         text = _skip_blank_head(text + token_text, delimiters)
         # Only the tail can hold a delimiter that was not there before this token.
-        if any(text.find(each, max(0, searched - len(each) + 1)) != -1 for each in delimiters):
+        if any(text.find(each, max(0, len(text) - len(token_text) - len(each) + 1)) != -1 for each in delimiters):
             ends.append(position + 1)
             text = b""
     if len(token_texts) and (not ends or ends[-1] != len(token_texts)):

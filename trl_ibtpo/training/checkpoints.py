@@ -123,7 +123,8 @@ def agreed(found: list[str | Exception | None]) -> str | None:
 def describe_failure(folder: Path, error: Exception) -> str:
     """What happened to a checkpoint that could not be written, and what is left to continue from."""
     left = last_whole(folder.parent)
-    free = shutil.disk_usage(folder.parent).free / 2**30
+    there = next(each for each in folder.parents if each.exists())  # what failed may be making the folder
+    free = shutil.disk_usage(there).free / 2**30
     return f"Saving {folder} failed with {type(error).__name__}: {error} ({free:.1f} GiB are free on its disk). " + (
         f"`resume_from_checkpoint=True` continues from {left.name}." if left else "There is no earlier checkpoint."
     )

@@ -14,6 +14,7 @@ import numpy as np
 from huggingface_hub import ModelCard
 from trl import GRPOConfig
 
+from ..advantages import BY_VALUE
 from ..grown_tree import GrownTree
 from ..viewing.drawing import draw_learning_curve, draw_tree
 
@@ -122,7 +123,7 @@ def complete_card(
         tail=heading + tail,
         leaves=args.growth_settings.leaves,
         average=" on average" if args.adaptive_budget is not None else "",
-        stepwise=", and every step got its own advantage" if advantage != "grpo" else "",
+        stepwise=", and every step got its own advantage" if advantage in BY_VALUE else "",
         kept="" if args.path_filter is None else f", of which {args.num_generations} were trained on",
         rows=_rows(args, success_reward=success_reward, branching=branching, advantage=advantage),
         curve=curve,

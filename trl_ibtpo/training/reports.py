@@ -130,6 +130,14 @@ class TreeReports:
 
     # ----- the table of completions, and lengths ---------------------------------------------------------------------
 
+    def _log_completion_extra(self, column: str, values: list) -> None:
+        if column in COLUMNS and self.args.log_completions:
+            raise ValueError(
+                f"A reward function called log_extra('{column}', ...), but the table of completions has a column of "
+                f"that name ({', '.join(COLUMNS)} say where a completion is in its tree). Give another name."
+            )
+        super()._log_completion_extra(column, values)
+
     def _log_tree_columns(self, count: int) -> None:
         """What the completions table says about trees; nothing in evaluation, where the same table is filled."""
         if not self.args.log_completions:
@@ -138,7 +146,7 @@ class TreeReports:
         if self.model.training:
             columns = columns_of(self._grown, first_tree=self.accelerator.process_index * len(self._grown))
         for column in COLUMNS:  # the advantages of steps come later
-            self._log_completion_extra(column, columns.get(column, [None] * count))
+            super()._log_completion_extra(column, columns.get(column, [None] * count))
 
     def _recount_clipped(self, completion_ids: list[list[int]]) -> None:
         """TRL takes a completion without a stop token for cut; one that a stop text of the user's ended is whole."""
@@ -150,7 +158,9 @@ class TreeReports:
             len(ids) >= budget and ids[-1] not in self.eos_token_ids
             for ids, budget in zip(completion_ids, budgets, strict=True)
         ]
-        lengths = torch.tensor([len(ids) for ids in completion_ids], dtype=torch.float32)
+        # As TRL's other lengths: without observations, which nobody sampled.
+        sampled = [each.tree.sampled(leaf).sum() for each in self._grown for leaf in range(len(each.tree.leaves))]
+        lengths = torch.tensor(sampled or [len(ids) for ids in completion_ids], dtype=torch.float32)
         both = torch.stack([lengths, torch.tensor(cut, dtype=torch.float32)]).T.to(self.accelerator.device)
         lengths, cut = self.accelerator.gather(both).T
         whole = lengths[cut == 0] if (cut == 0).any() else torch.zeros(1)

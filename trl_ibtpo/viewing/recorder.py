@@ -39,7 +39,8 @@ class TreeLog(TrainerCallback):
 
     Args:
         trainer: whose trees.
-        every: the first training step and every so many are recorded; 0: none.
+        every: the trees of the first training step and of every so many are recorded; 0: none. Trees that several
+            steps train on are of the first of them.
         count: trees of a generation batch that are recorded, the first ones of the main process.
     """
 
@@ -50,9 +51,9 @@ class TreeLog(TrainerCallback):
         self._decode = tokenizer.decode
         self._decode_token = lru_cache(1 << 16)(lambda token_id: tokenizer.decode([token_id]))
 
-    def wants(self, step: int) -> bool:
-        """Whether trees of this training step are recorded here, counted from 1."""
-        wanted = self.every > 0 and (step == 1 or step % self.every == 0)
+    def wants(self, step: int, covered: int = 1) -> bool:
+        """Whether trees of this training step and the next ones, `covered` in all, are recorded here; from 1."""
+        wanted = self.every > 0 and (step == 1 or (step + covered - 1) // self.every > (step - 1) // self.every)
         return wanted and self.trainer.accelerator.is_main_process
 
     def record(
@@ -73,7 +74,9 @@ class TreeLog(TrainerCallback):
         """
         trainer = self.trainer
         step = trainer.state.global_step + 1
-        if not self.wants(step):
+        # Trees are grown once for so many training steps; a wanted one may be any of them.
+        micro_steps = trainer.args.steps_per_generation * trainer.num_iterations
+        if not self.wants(step, covered=math.ceil(micro_steps / trainer.args.gradient_accumulation_steps)):
             return
         starts = np.cumsum([0, *[len(each.tree.leaves) for each in grown]])
         ends = {trainer._tokenizer.eos_token_id, *_as_list(trainer.model.generation_config.eos_token_id)}
