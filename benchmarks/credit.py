@@ -8,7 +8,7 @@ rewards minus their mean as TRL does without scaling, and each way to give credi
 
     scale          what of the true gradient is in the mean gradient; 1 for an unbiased one. Only a common factor,
                    which a learning rate takes up
-    astray         length of the rest of the mean gradient, in units of the true one; 0 for an unbiased one. Estimated
+    astray         length of the rest of the mean gradient, divided by that part; 0 for an unbiased one. Estimated
                    with a direction from one half of the trees and a length from the other, so that noise adds nothing
     variance       of the gradient of one tree, relative to the squared length of its mean, times the tokens that were
                    generated for it; over that of 12 independent completions with a leave-one-out baseline

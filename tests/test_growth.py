@@ -592,16 +592,20 @@ def test_a_strategy_without_rewards_sees_none():
 
 def test_a_function_of_ones_own_chooses_steps():
     def longest_step(tree, scores, rng):
-        return np.diff(tree.ends(), prepend=0)
+        lengths = tree.ends() - tree.ends()[tree.parents()]
+        lengths[0] = 0
+        return lengths
 
-    growth = GrowthSettings(tree_initial_rollouts=1, tree_levels=2, max_completion_length=8, branching="longest_step")
+    growth = GrowthSettings(tree_initial_rollouts=2, tree_levels=2, max_completion_length=8, branching="longest_step")
     grower = TreeGrower([9], growth, Splitter(), strategy=longest_step)
     grower.next_requests()
     grower.add_rollout(0, Rollout((0, 0), [4, 1, 1, 4, 8, 1], [-1.0] * 6))
+    grower.add_rollout(1, Rollout((0, 1), [1, 4, 1, 1, 1, 4, 1], [-1.0] * 7))
     assert grower.next_requests() == []  # it may look at rewards, as far as anybody knows
     grower.add_reward(0, 1.0)
+    grower.add_reward(1, 0.0)
     (request,) = grower.next_requests()
-    assert request.prefix_ids == [9, 4, 1, 1, 4]
+    assert request.prefix_ids == [9, 1, 4, 1, 1, 1, 4]  # four tokens, where the others have one to three
 
 
 def test_independent_rollouts_are_submitted_at_once():

@@ -229,6 +229,18 @@ def test_scores_by_advantage_are_of_the_whole_group(model_path, config):
         assert found[leaf] == pytest.approx((advantages[leaf] * own.mean()).item(), abs=1e-4)
 
 
+@pytest.mark.parametrize("path_filter", ["advantage", "pmi"])
+def test_what_no_function_scored_comes_last(model_path, config, path_filter):
+    trainer = make(model_path, config, path_filter)
+    row = trainer.train_dataset[0]
+    filtered = trainer.grow_trees([row])[0].filtered
+    best = [leaf for leaf in filtered.kept if filtered.whole.tree.rounds[leaf]]
+    rewards_LF = filtered.rewards_LF.copy()
+    rewards_LF[best] = np.nan  # the best branches of all, had they a reward
+    (again,), _ = trainer._filter_paths([filtered.whole], rewards_LF, [row] * 8)
+    assert not set(best) & set(again.filtered.kept) and np.isnan(again.filtered.scores_L[best]).all()
+
+
 def test_scores_by_answer_are_those_of_the_model(model_path, config):
     """Each of the four log-probabilities by a pass of its own over the model; the answer comes before the end."""
     trainer = make(model_path, config, "pmi", ib_beta=3.0)

@@ -1,13 +1,15 @@
 """What a run says beside its metrics: warnings, once each; the table of completions; the line and the bar."""
 
 import sys
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import tiny
+from transformers import PrinterCallback, ProgressCallback
 
 from trl_ibtpo import IBTPOTrainer
-from trl_ibtpo.training.progress import in_words
+from trl_ibtpo.training.progress import TreePrinter, TreeProgress, in_words, show_trees
 from trl_ibtpo.training.success import SuccessWatch
 
 
@@ -40,6 +42,17 @@ def test_trees_that_success_knows_nothing_of_are_spoken_of_once(config, model_pa
     IBTPOTrainer(model_path, [math, tiny.even_length], config(max_steps=2), tiny.questions()).train()
     (said,) = messages(caplog, "has a known success")
     assert "though 'even_length' scored them: success comes from 'math'" in said
+
+
+def test_the_bar_of_transformers_is_replaced_with_its_settings():
+    class Own(ProgressCallback):
+        pass
+
+    own = Own()
+    handler = SimpleNamespace(callbacks=[ProgressCallback(max_str_len=500), PrinterCallback(), own])
+    show_trees(handler, lambda: 1)
+    assert [type(each) for each in handler.callbacks] == [TreeProgress, TreePrinter, Own]
+    assert handler.callbacks[0].max_str_len == 500 and handler.callbacks[2] is own
 
 
 def test_success_that_steers_nothing_is_not_spoken_of(config, model_path, caplog, monkeypatch):

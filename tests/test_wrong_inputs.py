@@ -1,6 +1,8 @@
 """What a user may get wrong, and the message that says what is wrong, the value seen and one that works."""
 
+import functools
 import math
+import types
 
 import agents
 import pytest
@@ -11,8 +13,46 @@ from transformers import Qwen3ForCausalLM
 from trl import GRPOConfig
 
 from trl_ibtpo import IBTPOTrainer
-from trl_ibtpo.training import checks, dataset_checks
+from trl_ibtpo.training import checks, dataset_checks, generation_checks, model_checks
 from trl_ibtpo.training.rewards import RewardFunctionError
+
+
+def test_what_trl_accepts_is_not_refused(config, model_path):
+    """Columns that a transform makes, and a function behind a decorator that passes on what that needs."""
+
+    def length(completions, solution):
+        return [float(len(text) % 2 == int(each)) for text, each in zip(completions, solution, strict=True)]
+
+    @functools.wraps(length)
+    def adapted(completions, **kwargs):
+        return length(completions, kwargs["solution"])
+
+    def made(rows):
+        return {"prompt": rows["question"], "solution": rows["answer"]}
+
+    rows = Dataset.from_dict({"question": [f"What is {n}?" for n in range(64)], "answer": ["0", "1"] * 32})
+    trainer = IBTPOTrainer(model_path, adapted, config(max_steps=1), rows.with_transform(made))
+    trainer.train()
+    assert trainer.state.global_step == 1
+    with pytest.raises(ValueError, match=r"has no column 'prompt' \(it has: question"):
+        IBTPOTrainer(model_path, adapted, config(), rows.with_transform(lambda rows: {"question": rows["question"]}))
+
+
+def test_a_server_may_be_tensor_parallel(config):
+    args = config(use_vllm=True, vllm_mode="server", vllm_tensor_parallel_size=2)
+    generation_checks.check_vllm_arguments(args)  # TRL ignores the field then
+
+
+def test_a_template_may_be_the_processors():
+    """Of a model that takes images, trained on text."""
+    row = {"prompt": [{"role": "user", "content": "What is 3 + 4?"}]}
+    tokenizer = tiny.byte_level_tokenizer()
+    tokenizer.chat_template = None
+    processor = types.SimpleNamespace(tokenizer=tokenizer, chat_template="{{ messages }}")
+    model_checks.check_template(processor, row)
+    processor.chat_template, tokenizer.chat_template = None, "{{ messages }}"
+    with pytest.raises(ValueError, match="no chat template"):
+        model_checks.check_template(processor, row)
 
 
 def raises(completions, **kwargs):

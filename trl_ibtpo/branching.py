@@ -20,7 +20,8 @@ class Strategy(Protocol):
     """A function, or an object that can be called like one, with attributes that may be left out."""
 
     uses_rewards: bool = True
-    """Whether it looks at rewards. A tree of one that does not (`False`) never waits for a reward, and knows none."""
+    """Whether it looks at rewards. A tree of one that does not (`False`) knows none, and waits for none unless
+    there is an adaptive budget."""
 
     forks: Literal["steps", "tokens"] = "steps"
     """What it gives priorities to: `steps`, which are continued from where they end, or `tokens`, each of which is
@@ -143,9 +144,9 @@ def turn_entropy(tree: RolloutTree, scores: TreeScores, rng: np.random.Generator
 
         H(s) - H(question)
 
-    `H`: entropy of the `OPENING` tokens that follow a step or the question, as the mean surprisal `-log pi(y_t)` of
-    those that were sampled, over all children. Steps without a tool result have no priority, unless the tree has none
-    that goes on after one.
+    `H`: entropy of what follows a step or the question, as the mean surprisal `-log pi(y_t)` of the first `OPENING`
+    tokens of each child, of those that were sampled; a child is one step, which may be shorter. Steps without a tool
+    result have no priority, unless the tree has none that goes on after one.
     """
     surprisal_M, step_M = -tree.token_logprobs(), tree.token_steps()
     place_M = np.arange(len(step_M)) - np.searchsorted(step_M, step_M)  # in its step

@@ -39,7 +39,8 @@ class IBTPOConfig(GRPOConfig):
         num_generations (`int`, *optional*):
             Trajectories per question, on average with `adaptive_budget`. Derived: \( G = B_0 + (L - 1) K B \), 12
             with the defaults; with `branching="surprisal"` or `"entropy_fork"`, where every initial rollout has
-            rounds of its own, \( B_0 (1 + (L - 1) K B) \). A different value is an error.
+            rounds of its own, \( B_0 (1 + (L - 1) K B) \); with `path_filter`, \( B_0 (1 + N) \). A different
+            value is an error.
         adaptive_budget (`int`, *optional*):
             How many right and how many wrong answers are enough for a question. Questions that have them stop after
             any round and give the rest of their \( G \) trajectories to those that lack an outcome; every question
@@ -63,7 +64,8 @@ class IBTPOConfig(GRPOConfig):
         allow_repeated_branching (`bool`, *optional*, defaults to `True`):
             Whether a step may be chosen in several rounds.
         branch_lookahead (`int`, *optional*, defaults to `0`):
-            How many rollouts of a tree may still run when a round starts, and how many more branches start with it.
+            How many rollouts of a tree may still run when a round starts, and how many more branches start with it
+            where a round has one; else whole rounds start together until more branches than that have.
             `0` is the paper exactly: a round is chosen when all earlier rollouts are sampled and scored. A larger
             number keeps the engine fuller and chooses with what is known so far; see docs/performance.md for what
             that costs. `3` is recommended where generation with vLLM is the bottleneck.
@@ -227,7 +229,8 @@ class IBTPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Trajectories per question, derived from the shape of the tree: `tree_initial_rollouts + "
-            "(tree_levels - 1) * tree_nodes_per_level * tree_branches_per_node`. A different value is an error."
+            "(tree_levels - 1) * tree_nodes_per_level * tree_branches_per_node`; more where every initial rollout has "
+            "rounds of its own. A different value is an error."
         },
     )
     adaptive_budget: int | None = field(
@@ -313,8 +316,8 @@ class IBTPOConfig(GRPOConfig):
         default=0,
         metadata={
             "help": "How many rollouts of a tree may still run when a round starts, and how many more branches start "
-            "with it. 0 is the paper exactly; a larger number keeps the engine fuller and chooses with what is known "
-            "so far."
+            "with it, in whole rounds. 0 is the paper exactly; a larger number keeps the engine fuller and chooses "
+            "with what is known so far."
         },
     )
     reproducible_rollouts: bool = field(

@@ -160,7 +160,7 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
         )
         check_tokenizer(self._tokenizer)
         check_markers(self._tokenizer, args)
-        check_template(self._tokenizer, first_row(train_dataset))
+        check_template(self.processing_class, first_row(train_dataset))
         for pool in getattr(self, "_environment_pool", {}).values():
             check_environment(pool[0], args.environment_branching)
         if self.use_vllm and self.vllm_mode == "colocate" and runs_on_cpu():
@@ -212,10 +212,12 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
         finally:
             self._close_environments_between_runs()
 
-    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, **kwargs: Any) -> None:
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
         # A file or folder of this machine is no dataset of the Hub, which refuses a card that names one.
         local = isinstance(dataset_name, str) and os.path.exists(dataset_name)
-        super().create_model_card(model_name, None if local else dataset_name, **kwargs)
+        super().create_model_card(model_name, None if local else dataset_name, tags)
         if not self.is_world_process_zero():
             return
         try:
@@ -252,7 +254,6 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
                 output["advantages"] = self._advantages_in_groups(output["advantages"])
             self._set_step_advantages(output)
             device = output["advantages"].device
-            output["row"] = torch.arange(len(inputs), device=device)
             output["tree"] = torch.arange(len(self._grown)).repeat_interleave(torch.tensor(self._sizes)).to(device)
             if hasattr(self._strategy, "learn"):
                 found = [self._strategy.evidence(grown.tree, grown.scores) for grown in self._grown]
@@ -416,4 +417,4 @@ class IBTPOTrainer(TreeGeneration, TreeReports, IBRegularization, PrefixSharedFo
 
     def _sum_over_processes(self, values: np.ndarray) -> np.ndarray:
         local = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device)
-        return self.accelerator.reduce(local, reduction="sum").double().cpu().numpy()
+        return self.accelerator.reduce(local, reduction="sum").cpu().double().numpy()

@@ -30,7 +30,7 @@ def step_confidence(tree: RolloutTree, kind: StepConfidence = "geometric_mean") 
     """`eta2`: probability of each step under the sampling policy, `(N,)`, NaN at the root.
 
     `geometric_mean` is per token, `exp(mean log pi)`; `joint` is the product, `exp(sum log pi)`. A token whose
-    log-probability the engine could not give (NaN) is left out.
+    log-probability the engine could not give (NaN) is left out; a step of such tokens alone counts as certain, 1.
     """
     confidence = np.exp(tree.mean_logprobs() if kind == "geometric_mean" else tree.total_logprobs())
     confidence[0] = np.nan

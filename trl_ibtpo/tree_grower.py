@@ -48,10 +48,11 @@ class TreeGrower:
     Ask `next_requests` for the rollouts to submit now, hand back what finishes to `add_rollout` and its reward to
     `add_reward`, until `done`.
 
-    `branch_lookahead = d` lets a round start while up to `d` earlier rollouts are under way, and `d` more branches
-    with it. They are chosen among the steps that are complete by then, also those of running rollouts: where no
-    answer is known, the score is its confidence term alone, which needs none. So the first rounds go to several steps
-    before their answers are known, the later ones to the steps whose answers look best. `d = 0` is the paper exactly.
+    `branch_lookahead = d` lets a round start while up to `d` earlier rollouts are under way, and with it whole rounds
+    until more than `d` branches have started (with `K = B = 1`, `d` more). They are chosen among the steps that are
+    complete by then, also those of running rollouts: where no answer is known, the score is its confidence term alone,
+    which needs none. So the first rounds go to several steps before their answers are known, the later ones to the
+    steps whose answers look best. `d = 0` is the paper exactly.
 
     With `adaptive_budget`, a tree stops before its next round once its answers differ enough (`budget`), gives back
     the leaves that it has not used, and may be granted some that others gave back. Independent rollouts then have

@@ -38,7 +38,7 @@ def step_weights(tree: RolloutTree, kind: SharedTokenWeight, trained_L: np.ndarr
     keeps its sign. So clipping and importance sampling act on ratios as before, and KL and entropy terms, which have
     no advantage, keep counting once per trajectory. The loss then divides as it would without weights: by the length
     of each trajectory (`grpo`, `sapo`), by the number of tokens of all of them (`dapo`, `bnpo`, `cispo`, `vespo`),
-    by a constant (`dr_grpo`), or not at all (`luspo`).
+    by a constant (`dr_grpo`), or by their number (`luspo`).
     """
     paths = [tree.path(leaf) for leaf in tree.leaves]
     trained_L = np.ones(len(paths), dtype=bool) if trained_L is None else trained_L

@@ -12,8 +12,8 @@ class VLLMServerEngine:
     """A `vllm serve` on another machine, through TRL's client; every rollout is a request of its own.
 
     The server batches what arrives, so trees need not wait for each other here either. A poll returns as soon as one
-    rollout is finished. With `branch_lookahead` above 0 rollouts join a tree in the order in which their answers
-    arrive, so that trees then depend on timing.
+    rollout is finished. With `branch_lookahead` above 0, and with strategies that fork tokens, rollouts join a
+    tree in the order in which their answers arrive, so that trees then depend on timing.
 
     Args:
         client: TRL's `VLLMClient`.

@@ -106,6 +106,10 @@ class PrefixSharedForward:
         """What arguments and configurations tell."""
         if self.args.packed_forward is False:
             return "`packed_forward` is off"
+        if self.args.torch_compile:
+            return "`torch_compile` is on, and would compile anew for every batch, each of which has its own layout"
+        if self.args.neftune_noise_alpha is not None:
+            return "`neftune_noise_alpha` scales its noise by the length of a row, and sharing makes one row of all"
         model = self.accelerator.unwrap_model(self.model)
         if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
             return "the adapter puts virtual tokens before the prompt"
@@ -180,19 +184,20 @@ def _without_traces(model: torch.nn.Module) -> Iterator[None]:
 def keep_trees_together(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rearrange shuffled micro-batches so that the rows of a tree follow each other.
 
-    Trees keep the shuffled order of their first rows, and rows within a tree that of generation.
+    Trees keep the shuffled order of their first rows, and rows within a tree theirs: where the rows of a tree are
+    divided between optimizer steps, it is chance which of them a step has.
 
     Args:
-        batches: micro-batches as TRL splits a generation batch, with the entries `row`, each row's place in it, and
-            `tree`, the number of its tree; both `(B,)`.
+        batches: micro-batches as TRL splits a generation batch, with the entry `tree`, the number of each row's tree,
+            `(B,)`.
     """
     if len(batches) == 1:
         return batches
-    rows, trees = (torch.cat([batch[key] for batch in batches]).tolist() for key in ("row", "tree"))
+    trees = torch.cat([batch["tree"] for batch in batches]).tolist()
     first = {}  # tree to the place of its first row
     for place, tree in enumerate(trees):
         first.setdefault(tree, place)
-    order = sorted(range(len(rows)), key=lambda place: (first[trees[place]], rows[place]))
+    order = sorted(range(len(trees)), key=lambda place: first[trees[place]])
 
     def merged(values: list) -> Any:
         if isinstance(values[0], torch.Tensor) and values[0].ndim:

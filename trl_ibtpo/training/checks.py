@@ -7,7 +7,7 @@ from trl import GRPOConfig
 
 from ..advantages import ADVANTAGES
 from ..branching import STRATEGIES, rounds_of, uses_entropies, uses_rewards
-from .dataset_checks import check_columns, check_dataset, first_row
+from .dataset_checks import check_columns, check_dataset, columns_of, first_row
 from .generation_checks import check_generation_kwargs, check_server_address, check_vllm, check_vllm_arguments
 from .model_checks import check_model, check_path
 from .reward_checks import check_arguments, check_messages
@@ -70,7 +70,7 @@ def _check_reward_funcs(
         several = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         datasets += [("eval_dataset", each) for each in several]
     for name, dataset in datasets:
-        columns = getattr(dataset, "column_names", None)
+        columns = columns_of(dataset)
         check_arguments(reward_funcs, columns, name, args.remove_unused_columns, environments)
         check_messages(reward_funcs, (first_row(dataset) or {}).get("prompt"))
 

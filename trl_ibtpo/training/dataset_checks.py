@@ -38,7 +38,7 @@ def check_dataset(dataset: Any, args: GRPOConfig, environment_factory: Any) -> N
             f"Give one of them, for example `dataset[{(splits or ['train'])[0]!r}]`, or load one: "
             f"`load_dataset(..., split={(splits or ['train'])[0]!r})`."
         )
-    columns = getattr(dataset, "column_names", None)
+    columns = columns_of(dataset)
     if columns is not None and "prompt" not in columns and not environment_factory:
         raise ValueError(
             f"`train_dataset` has no column 'prompt' (it has: {', '.join(map(str, columns)) or 'none'}). Rename the "
@@ -69,7 +69,7 @@ def check_columns(train_dataset: Any, eval_dataset: Any, args: GRPOConfig) -> No
         return
     evaluation = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
     for name, dataset in (("train_dataset", train_dataset), *(("eval_dataset", each) for each in evaluation.values())):
-        refuse_columns(getattr(dataset, "column_names", None) or [], name)
+        refuse_columns(columns_of(dataset) or [], name)
 
 
 def refuse_columns(columns: Iterable[str], dataset: str) -> None:
@@ -121,6 +121,13 @@ def check_rows(rows: list[dict[str, Any]], tools: Sequence[Any] = (), environmen
 
 def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and "role" in message and bool({"content", "tool_calls"} & message.keys())
+
+
+def columns_of(dataset: Any) -> list[str] | None:
+    """What its rows have, which a transform (`with_transform`) may make of other columns; None where nobody knows."""
+    if isinstance(dataset, Dataset) and len(dataset) and dataset.format["type"] == "custom":
+        return list(dataset[0])
+    return getattr(dataset, "column_names", None)
 
 
 def first_row(dataset: Any) -> dict[str, Any] | None:

@@ -38,7 +38,7 @@ def check_vllm_arguments(args: GRPOConfig) -> None:
             f"`vllm_mode` is {args.vllm_mode!r}; it must be 'colocate' (an engine in each process) or 'server' (one "
             "that was started with `vllm serve`)."
         )
-    if args.vllm_tensor_parallel_size > 1:
+    if args.vllm_mode == "colocate" and args.vllm_tensor_parallel_size > 1:
         raise ValueError(
             f"`vllm_tensor_parallel_size` is {args.vllm_tensor_parallel_size}, which is not supported: the "
             "processes of a group would have to grow the same trees in step. Use 1 (each GPU has its own engine), "

@@ -65,11 +65,12 @@ def check_markers(tokenizer: Any, args: GRPOConfig) -> None:
                 )
 
 
-def check_template(tokenizer: Any, row: dict[str, Any] | None) -> None:
-    """Raise where a row holds chat messages that the tokenizer has no template for."""
-    if tokenizer.chat_template is None and row is not None and is_conversational({"prompt": row.get("prompt")}):
+def check_template(processing_class: Any, row: dict[str, Any] | None) -> None:
+    """Raise where a row holds chat messages that the tokenizer, or the processor, has no template for."""
+    if processing_class.chat_template is None and row is not None and is_conversational({"prompt": row.get("prompt")}):
+        name = getattr(processing_class, "name_or_path", "") or "no name"
         raise ValueError(
-            f"The column 'prompt' holds chat messages, but the tokenizer ({tokenizer.name_or_path or 'no name'}) has "
+            f"The column 'prompt' holds chat messages, but the tokenizer ({name}) has "
             "no chat template. Set one, `tokenizer.chat_template = ...`, and give the tokenizer as "
             "`processing_class`; or make the prompts text. docs/base_models.md shows both."
         )

@@ -33,10 +33,11 @@ class TreeProgress(ProgressCallback):
 
     Args:
         trees: how many trees the log step that is being logged covers.
+        max_str_len: see `ProgressCallback`.
     """
 
-    def __init__(self, trees: Callable[[], int]):
-        super().__init__()
+    def __init__(self, trees: Callable[[], int], max_str_len: int = 100):
+        super().__init__(max_str_len)
         self._trees = trees
         self._since = 0.0
 
@@ -79,8 +80,9 @@ class TreePrinter(PrinterCallback):
 
 
 def show_trees(handler: CallbackHandler, trees: Callable[[], int]) -> None:
-    """Put them in the place of the callbacks that `transformers` chose; a user's own are left alone."""
-    own = {ProgressCallback: TreeProgress, PrinterCallback: TreePrinter}
-    handler.callbacks = [
-        own[type(callback)](trees) if type(callback) in own else callback for callback in handler.callbacks
-    ]
+    """Put them in the place of those two classes of `transformers`; classes of a user's own are left alone."""
+    for place, callback in enumerate(handler.callbacks):
+        if type(callback) is ProgressCallback:
+            handler.callbacks[place] = TreeProgress(trees, callback.max_str_len)
+        elif type(callback) is PrinterCallback:
+            handler.callbacks[place] = TreePrinter(trees)

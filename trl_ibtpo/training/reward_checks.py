@@ -92,7 +92,7 @@ def check_arguments(
         if isinstance(func, str) or hasattr(func, "forward"):
             continue
         try:
-            parameters = inspect.signature(func).parameters.values()
+            parameters = inspect.signature(func, follow_wrapped=False).parameters.values()  # it is what is called
         except (TypeError, ValueError):  # nothing is known of some built-in functions
             continue
         by_name = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
