@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 from test_scores import NAN, TREES, build, leaves_under, trees
 
 from trl_ibtpo.advantages import CreditSettings, GradedTree, grpo, ibtpo, per_token, token_advantages
+from trl_ibtpo.grown_tree import GrownTree, GrowthSettings
 from trl_ibtpo.scores import score_tree
+from trl_ibtpo.training.metrics import TreeMetrics
 from trl_ibtpo.weights import step_weights
 
 
@@ -25,6 +28,35 @@ def graded(tree, advantage_L, *, scores=None, choices=(), **settings) -> GradedT
     """A tree with its scores (beta 5) and the advantages of its trajectories; settings as fields of the config."""
     scores = scores or score_tree(tree, beta=5)
     return GradedTree(tree, scores, np.asarray(advantage_L, dtype=float), CreditSettings(**settings), choices)
+
+
+def test_metrics_of_a_tree_by_hand():
+    """Those of "mixed, branched once", whose last leaf was sampled in a round."""
+    worked = TREES["mixed, branched once"]
+    tree = worked.tree
+    tree.rounds[2] = 1
+    found = token_advantages(graded(tree, trl_advantages(worked.success), ib_coef=0.1))
+    metrics = TreeMetrics()
+    metrics.add_tree(GrownTree(tree, score_tree(tree, beta=5), GrowthSettings()), found)
+    logged = metrics.reduce(SimpleNamespace(reduce=lambda sums, reduction: sums, device="cpu"))
+    global_terms = [0.28862, 1.15450, -0.57725, -0.57725, 0.28862, -0.57725]  # steps 1, 2; 3, 4; 1, 5
+    expected = {
+        "tree/effective_rate": 1,
+        "tree/average_success": 1 / 3,
+        "tree/initial_success": 1 / 2,
+        "tree/generated_tokens": 5,
+        "tree/trajectory_tokens": 6,
+        "tree/depth": 2,
+        "tree/branch_position": 1 / 2,  # one token of two
+        "tree/selected_minus_fresh": 1,  # leaf 0 was right when step 1 was chosen, leaf 2 is wrong
+        "tree/fresh_minus_fresh": NAN,
+        "ib/score": (-1.44 - 0.24 - 1.08) / 3,
+        "ib/covariance": (0.075 + 0.05) / 2,  # of the steps with two children
+        "ib/confidence": (0.8 + 0.5 + 0.6 + 0.9 + 0.4) / 5,
+        "advantages/global_std": np.std(global_terms),
+        "advantages/local_std": 0.1 * np.std([0.24, 0.40, -0.72, -0.18, 0.24, -0.48]),
+    }
+    assert logged == pytest.approx(expected, abs=1e-5, nan_ok=True)
 
 
 def by_step(tree, terms_L: list[np.ndarray]) -> np.ndarray:

@@ -114,7 +114,7 @@ def test_three_steps(config, caller, world, engine, peft_config):
     if engine == "vllm":
         sampled = batch["completion_mask"] * batch["tool_mask"] == 1
         known = batch.get("sampling_per_token_logps")
-        assert known is None or not known[~sampled].any()
+        assert known is not None and not known[~sampled].any()
         assert (batch["importance_sampling_ratio"] - 1).abs().max() < 0.5
     check_observations_have_no_gradient(trainer, batch)
     check_forward_is_trl_s(trainer, batch)

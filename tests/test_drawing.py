@@ -82,6 +82,7 @@ def test_hostile_text_is_only_text(tmp_path, text):
         figure = draw([1.0, 0.0, 1.0], tmp_path / "tree.png", title=text[:50], decode=lambda ids: text)
     assert not any(char < " " for written in texts(figure) for char in written)
     assert max(len(written) for written in texts(figure)) < 200
+    assert "ab" in texts(draw([1.0, 0.0, 1.0], decode=lambda ids: "ab"))
 
 
 def test_long_chains_do_not_recurse(tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,14 @@ from trl_ibtpo.evaluation import harness
 from trl_ibtpo.evaluation.adapters import load_tokenizer
 from trl_ibtpo.evaluation.estimates import estimate, pass_at_k, summarise
 from trl_ibtpo.evaluation.questions import Grader, read_questions
-from trl_ibtpo.evaluation.samples import SamplesFile, SamplingSettings, free_share, sample
+from trl_ibtpo.evaluation.samples import (
+    SamplesFile,
+    SamplingSettings,
+    as_applied,
+    encode_prompts,
+    free_share,
+    sample,
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +52,21 @@ def command(guesser, tmp_path):
         return ["evaluate", "--model", guesser, "--data", data, "--engine", engine, *sampling, *files, *extra]
 
     return build
+
+
+def test_questions_are_put_into_the_chat_template(model_path):
+    """As a user message, where the tokenizer has one and it is not left out."""
+    settings = SamplingSettings(model_path, max_new_tokens=4)
+    tokenizer = load_tokenizer(model_path)
+    asked = as_applied(settings)
+    assert asked.chat_template
+    written = tokenizer.encode("<user>3 + 4<eos><assistant>", add_special_tokens=False)
+    messages = [{"role": "user", "content": "3 + 4"}]
+    assert encode_prompts(asked, ["3 + 4", messages]) == [written, written]
+    plain = replace(settings, chat_template=False)
+    assert encode_prompts(as_applied(plain), ["3 + 4"]) == [tokenizer("3 + 4")["input_ids"]]
+    with pytest.raises(ValueError, match="chat messages, which need a chat template"):
+        encode_prompts(plain, [messages])
 
 
 def figures(path: Path) -> dict[str, float]:

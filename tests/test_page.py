@@ -71,7 +71,7 @@ def show(browser, tmp_path):
 
 def until(page, condition: str) -> None:
     """Wait for it; Playwright's own way of waiting runs text as code, which the page's policy forbids."""
-    for _ in range(500):
+    for _ in range(3000):
         if page.evaluate(condition):
             return
         page.wait_for_timeout(10)

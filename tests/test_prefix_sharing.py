@@ -302,6 +302,7 @@ def train(config, model, seen: list | None = None, conversational: bool = False,
                 seen.append(tuple(keywords["input_ids"].shape))
 
         trainer._base_model(trainer.model).register_forward_pre_hook(look, with_kwargs=True)
+    trainer.start = {name: value.clone() for name, value in weights(trainer).items()}
     trainer.train()
     return trainer
 
@@ -346,6 +347,23 @@ def test_training_is_the_same(config, model_path, overrides):
             assert shared[key] == pytest.approx(plain[key], abs=tolerance, rel=1e-5 if tolerance == 1e-5 else 0.02), (
                 key
             )
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_step_with_fewer_bits_moves_weights_alike(config, model_path, bits):
+    """By plain gradient descent: Adam's first step is as long whatever the gradient."""
+    kwargs = {"bf16": True}
+    if bits == 4:
+        four_bits = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+        adapter = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", lora_dropout=0.0)
+        kwargs = {"peft_config": adapter, "quantization_config": four_bits}
+    kwargs |= {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "max_steps": 1}
+    runs = [train(config, model_path, packed_forward=on, **kwargs) for on in (True, False)]
+    shared, plain = (
+        torch.cat([(moved - run.start[name]).flatten() for name, moved in weights(run).items() if "quant" not in name])
+        for run in runs
+    )
+    assert plain.norm() > 1e-2 and (shared - plain).norm() < 0.05 * plain.norm()
 
 
 def test_a_whole_tree_is_in_a_micro_batch(config, model_path, monkeypatch):

@@ -119,21 +119,29 @@ def test_a_folder_that_cannot_be_written_does_not_end_a_run(model_path, config, 
     (tmp_path / "out" / "trees").write_text("a file where the folder should be")
     run.train()
     assert run.state.global_step == 2
+    said = [record.getMessage() for record in caplog.records]
+    for words in ("Trees are not recorded in", "Logs are not recorded in"):
+        (message,) = [each for each in said if each.startswith(words)]
+        assert str(tmp_path) in message
 
 
 def test_files_are_whole_or_not_there(model_path, config, tmp_path, monkeypatch):
     log = trainer(model_path, config(log_trees=1))._tree_log
     (tmp_path / "out" / "trees").mkdir(parents=True)
 
-    def fail(*_):
+    parts = []
+
+    def fail(part, name):
+        parts.append((part.read_text(), name.name))
         raise OSError("no space left")
 
     monkeypatch.setattr("os.replace", fail)
     log.write([{"nodes": []}], 3)
+    assert parts == [('{"nodes":[]}\n', "step-000003.jsonl")]
     assert list((tmp_path / "out" / "trees").iterdir()) == []
 
 
-def test_a_tracker_that_fails_does_not_end_a_run(model_path, config, tmp_path, monkeypatch):
+def test_a_tracker_that_fails_does_not_end_a_run(model_path, config, tmp_path, monkeypatch, caplog):
     def fail(*_):
         raise ConnectionError("the tracker is away")
 
@@ -141,6 +149,17 @@ def test_a_tracker_that_fails_does_not_end_a_run(model_path, config, tmp_path, m
     run = trainer(model_path, config(log_trees=1, max_steps=1))
     run.train()
     assert (tmp_path / "out" / "trees" / "step-000001.jsonl").exists()
+    said = [record.getMessage() for record in caplog.records]
+    assert any("Trees are not shown in the trackers of `report_to`: ConnectionError: the tr" in each for each in said)
+
+
+def test_every_generation_batch_of_a_step_is_recorded(model_path, config, opened):
+    args = config(log_trees=1, log_trees_count=1, max_steps=2, gradient_accumulation_steps=2, steps_per_generation=1)
+    trainer(model_path, args).train()
+    library = opened(args)
+    assert [entry["step"] for entry in library.entries] == [1, 1, 2, 2] and library.problems == []
+    questions = [library.record(number)["question"]["text"] for number in range(4)]
+    assert len(set(questions)) == 4
 
 
 def flat(model_path, tmp_path, conversational=False, every=2, **fields):

@@ -220,15 +220,31 @@ def test_lora(config, model_path):
 def test_evaluation_is_independent_sampling(config, model_path, conversational):
     """Evaluation during training generates `num_generations_eval` ordinary completions."""
     data = tiny.questions(8, conversational)
-    args = config(eval_strategy="steps", eval_steps=2, num_generations_eval=2, log_completions=False)
-    trainer = train(args, model_path, dataset=data, eval_dataset=data.select(range(2)))
-    evaluations = [entry for entry in trainer.state.log_history if "eval_reward" in entry]
-    assert evaluations and not any(key.startswith("eval_tree") for key in evaluations[0])
+    seen = []
+
+    def watch(prompts, completions, **kwargs):
+        if not trainer.model.training:
+            seen.extend(map(str, prompts))
+        return tiny.even_length(completions)
+
+    args = config(eval_strategy="steps", eval_steps=2, num_generations_eval=2, max_steps=2, log_completions=False)
+    trainer = IBTPOTrainer(model_path, watch, args, data, data.select(range(2)))
+    grow = trainer._grow
+    trainer._grow = lambda *args: grow(*args) if trainer.model.training else pytest.fail("grows a tree")
+    trainer.train()
+    assert [entry for entry in trainer.state.log_history if "eval_reward" in entry]
+    assert sorted(seen) == sorted(str(row["prompt"]) for row in data.select(range(2)) for _ in range(2))
 
 
 @pytest.mark.parametrize("branching", ["ib", "surprisal"])
-def test_resume_on_generation_boundary_continues_exactly(config, model_path, tmp_path, branching):
+def test_resume_on_generation_boundary_continues_exactly(config, model_path, tmp_path, branching, monkeypatch):
     """With `surprisal` trees fork inside steps."""
+    kept, compute = {}, IBTPOTrainer._set_step_advantages
+    monkeypatch.setattr(
+        IBTPOTrainer,
+        "_set_step_advantages",
+        lambda self, output: (kept.update({id(self): [each.tree for each in self._grown]}), compute(self, output))[1],
+    )
     args = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
     if branching == "surprisal":
         whole_tree = {"tree_initial_rollouts": 2, "tree_levels": 3, "branch_lookahead": 2, "packed_forward": True}
@@ -250,8 +266,8 @@ def test_resume_on_generation_boundary_continues_exactly(config, model_path, tmp
     for mine, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(mine, other)
     if branching == "surprisal":  # no text ends a step, so a step that has one after it was split
-        trees = [[grower.tree for grower in trainer._grown] for trainer in (whole, resumed)]
-        assert all(tree.child_counts()[1:].max() >= 2 for tree in trees[0])
+        trees = [kept[id(trainer)] for trainer in (whole, resumed)]
+        assert trees[0] and all(tree.child_counts()[1:].max() >= 2 for tree in trees[0])
         assert [[step.token_ids for step in tree.steps] for tree in trees[0]] == [
             [step.token_ids for step in tree.steps] for tree in trees[1]
         ]

@@ -767,12 +767,12 @@ ROWS = {
     "no stop token": (
         {"processing_class": tokenizer(eos_token=None)},
         ValueError,
-        "The tokenizer's `eos_token` is None, .* `tokenizer.eos_token = '<|endoftext|>'`, .* as `processing_class`",
+        "The tokenizer's `eos_token` is None, .* `tokenizer.eos_token = '<.endoftext.>'`, .* as `processing_class`",
     ),
     "neither stop nor padding token": (
         {"processing_class": tokenizer(eos_token=None, pad_token=None)},
         ValueError,
-        "The tokenizer's `eos_token` is None, .* `tokenizer.eos_token = '<|endoftext|>'`, .* as `processing_class`",
+        "The tokenizer's `eos_token` is None, .* `tokenizer.eos_token = '<.endoftext.>'`, .* as `processing_class`",
     ),
     "another model's tokenizer": (
         {"processing_class": tokenizer(600), "train_dataset": prompts("数学")},
