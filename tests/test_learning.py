@@ -260,14 +260,39 @@ def test_the_readme_says_what_the_rows_say():
             assert shown.startswith("**") == (method in learning_report.better(results, task))
 
 
+def seed_of(run: list[dict]) -> int:
+    return run[-1]["seed"]
+
+
 def test_the_page_says_where_trees_pay():
     page = " ".join((Path(learning.__file__).parent.parent / "docs" / "results.md").read_text().split())
     said = page.split("## Where trees pay")[1].split("## ")[0]
-    measured = [("chain3", "area", "area to GRPO"), ("chain3", "final", "final accuracy"), ("chain12", "area", "area")]
+    measured = [("chain3", "area", "area to GRPO"), ("chain3", "final", "final accuracy")]
+    measured += [(task, "area", "area") for task in ("chain8", "chain12")]
     for task, key, words in measured:
         ours, theirs = (second_reader(learning.RESULTS, task, name, key) for name in ("confidence_sampled", "grpo_8"))
         mean, low, high = interval([ours[seed] - theirs[seed] for seed in ours])
         assert f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] points of {words}" in said
+    results = learning_tables.load(learning.RESULTS)
+    longer = [task for task in results.tasks() if STEPS[task] > 3]
+    gains = {
+        task: learning_tables.difference(results, task, "confidence_sampled", "grpo_8", "area") for task in longer
+    }
+    assert len(gains) == 5 and min(gain.mean for gain in gains.values()) > 0.0135
+    assert all(gain.low > 0 for gain in gains.values())
+    assert sorted(gains, key=lambda task: gains[task].mean)[::4] == ["chain12", "sums"]
+    # Where GRPO is as right on `sums` as on `chain3`.
+    curves = {
+        method: [[row["accuracy"] for row in rows] for rows in sorted(results.runs("sums", method), key=seed_of)]
+        for method in ("grpo_8", "confidence_sampled")
+    }
+    passed = []
+    for checkpoint, words in ((2, "and"), (3, "points")):
+        theirs, ours = ([run[checkpoint] for run in curves[method]] for method in curves)
+        mean, low, high = interval([our - their for our, their in zip(ours, theirs, strict=True)])
+        assert f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {words}" in said
+        passed.append(f"{100 * statistics.mean(theirs):.0f}%")
+    assert f"GRPO passed from {' to '.join(passed)}" in said
 
 
 def test_pictures_show_what_the_rows_say(tmp_path):
