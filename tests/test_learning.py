@@ -278,6 +278,7 @@ def test_the_page_says_where_trees_pay():
     gains = {
         task: learning_tables.difference(results, task, "confidence_sampled", "grpo_8", "area") for task in longer
     }
+    # "1.4 or more"
     assert len(gains) == 5 and min(gain.mean for gain in gains.values()) > 0.0135
     assert all(gain.low > 0 for gain in gains.values())
     assert sorted(gains, key=lambda task: gains[task].mean)[::4] == ["chain12", "sums"]

@@ -2,9 +2,9 @@
 
 Each function starts from the trajectory advantages that GRPO itself computed (whatever `scale_rewards`, reward weights
 and aggregation the user chose). These are the full weighted rewards of all reward functions, shifted and scaled alike
-for all trajectories of a question: with `scale_rewards="none"` a difference of two values is
-the papers' own, otherwise it is in units of the standard deviation. A new method is a function of a `GradedTree` and a
-line in `ADVANTAGES`; a user's own function is given to the trainer in place of a name, and works the same way.
+for all trajectories of a question: with `scale_rewards="none"` a difference of two values is the papers' own,
+otherwise it is in units of the standard deviation. A new method is a function of a `GradedTree` and a line in
+`ADVANTAGES`; a user's own function is given to the trainer in place of a name, and works the same way.
 """
 
 from collections.abc import Callable, Sequence

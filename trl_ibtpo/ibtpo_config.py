@@ -64,8 +64,8 @@ class IBTPOConfig(GRPOConfig):
         allow_repeated_branching (`bool`, *optional*, defaults to `True`):
             Whether a step may be chosen in several rounds.
         branch_lookahead (`int`, *optional*, defaults to `0`):
-            How many rollouts of a tree may still run when a round starts, and how many more branches start with it
-            where a round has one; else whole rounds start together until more branches than that have.
+            How many rollouts of a tree may still run when a round starts. Further rounds start at once until all of
+            them have more branches than that; with one branch a round, as many more.
             `0` is the paper exactly: a round is chosen when all earlier rollouts are sampled and scored. A larger
             number keeps the engine fuller and chooses with what is known so far; see docs/performance.md for what
             that costs. `3` is recommended where generation with vLLM is the bottleneck.

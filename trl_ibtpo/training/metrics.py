@@ -102,12 +102,9 @@ class TreeMetrics:
     def reduce(self, accelerator) -> dict[str, float]:
         """Means and standard deviations over all processes; one collective call. NaN where nothing was seen."""
         names = [name for name in (*MEANS, *DEVIATIONS) if name not in ONLY_WITH or name in self._sums]
-        sums = np.array(
-            [self._sums[name] for name in names], dtype=np.float32
-        )  # some devices have no double precision
-        total = (
-            accelerator.reduce(torch.tensor(sums, device=accelerator.device), reduction="sum").cpu().double().numpy()
-        )
+        # In single precision: some devices know no other.
+        local = torch.tensor(np.array([self._sums[name] for name in names], np.float32), device=accelerator.device)
+        total = accelerator.reduce(local, reduction="sum").cpu().double().numpy()
         values = {}
         for name, (first, second, count) in zip(names, total, strict=True):
             mean = first / count if count else float("nan")

@@ -123,6 +123,7 @@ def complete_card(
         tail=heading + tail,
         leaves=args.growth_settings.leaves,
         average=" on average" if args.adaptive_budget is not None else "",
+        # A user's own function may give one value for a trajectory.
         stepwise=", and every step got its own advantage" if advantage in BY_VALUE else "",
         kept="" if args.path_filter is None else f", of which {args.num_generations} were trained on",
         rows=_rows(args, success_reward=success_reward, branching=branching, advantage=advantage),

@@ -36,9 +36,8 @@ class PathFilter:
                 scores = self._scores_by_answer(whole, [row.get(self.args.answer_column) for row in first_rows])
         grown, kept_rows, start = [], [], 0
         for each, scores_L, given in zip(whole, scores, rewards_LF, strict=True):
-            scores_L = np.where(
-                np.isnan(given).all(axis=1), np.nan, scores_L
-            )  # what no function scored teaches nothing
+            # What no function scored would teach nothing, however well it is thought of.
+            scores_L = np.where(np.isnan(given).all(axis=1), np.nan, scores_L)
             kept = best_paths(each.tree, scores_L, self.args.paths_kept)
             grown.append(keep_paths(each, kept, scores_L, given))
             kept_rows += [start + leaf for leaf in kept]

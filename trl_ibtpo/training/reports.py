@@ -131,6 +131,7 @@ class TreeReports:
     # ----- the table of completions, and lengths ---------------------------------------------------------------------
 
     def _log_completion_extra(self, column: str, values: list) -> None:
+        """What reward functions log; their cells would be mixed with those of a column of the same name."""
         if column in COLUMNS and self.args.log_completions:
             raise ValueError(
                 f"A reward function called log_extra('{column}', ...), but the table of completions has a column of "

@@ -39,8 +39,8 @@ class TreeLog(TrainerCallback):
 
     Args:
         trainer: whose trees.
-        every: the trees of the first training step and of every so many are recorded; 0: none. Trees that several
-            steps train on are of the first of them.
+        every: the trees of the first training step and of every so many are recorded, in a file named after the step
+            in which they were grown; 0: none.
         count: trees of a generation batch that are recorded, the first ones of the main process.
     """
 
