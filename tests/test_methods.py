@@ -248,6 +248,10 @@ def test_an_only_child_gets_nothing_from_the_correction(advantage):
     assert bias[2] == bias[1] > 0 and not bias[[0, 3, 4, 5, 6, 7]].any()
     settings = {"advantage": advantage, "selection_correction": True, "choices": chosen}
     assert graded(tree, values, **settings).gain_over_parent_N[2] == 0
+    # An unscorable leaf beside it changes no value.
+    longer = build([(0, [0.5, 0.5, 0.5]), (0, [0.5, 0.5, 0.5]), (2, [0.5]), (1, [0.5])])
+    longer.rounds[2:] = [1, 2]
+    assert graded(longer, [*values, NAN], **settings).gain_over_parent_N[2] == 0
     # The same below one rollout, where the question has those leaves too.
     tree = build([(0, [0.5, 0.5]), (1, [0.5])])
     tree.rounds[1] = 1

@@ -382,6 +382,14 @@ ROWS = {
         ValueError,
         "`selection_correction` is True, but no step is chosen",
     ),
+    "correction where branches are chosen again": (
+        {
+            **{"branching": "entropy_fork", "tree_levels": 2, "tree_branches_per_node": 3, "tree_initial_rollouts": 4},
+            **{"path_filter": "advantage", "paths_kept": 2, "selection_correction": True},
+        },
+        ValueError,
+        "`selection_correction` is True, .* but `path_filter='advantage'` chooses among its branches once more. Leave",
+    ),
     "sampled weights and leaves by reward": (
         {"shared_token_weight": "sampled", "branching": "confidence", "adaptive_budget": 1},
         ValueError,

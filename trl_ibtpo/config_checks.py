@@ -226,6 +226,11 @@ def _check_credit(config: Any) -> None:
         )
     if config.selection_correction and not config.branches:
         raise ValueError("`selection_correction` is True, but no step is chosen: no rollout continues another one.")
+    if config.selection_correction and config.path_filter is not None:
+        raise ValueError(
+            "`selection_correction` is True, which takes the luck of being chosen off a step, but "
+            f"`path_filter={config.path_filter!r}` chooses among its branches once more. Leave one of them out."
+        )
     if config.shared_token_weight == "sampled" and config.branches and config.adaptive_budget is not None:
         raise ValueError(
             "`shared_token_weight` is 'sampled', which takes the children of a step for equal samples of the "

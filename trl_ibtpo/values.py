@@ -92,11 +92,11 @@ def selection_bias(
         expected luck = Cov(P, V) / Var(P) * (P(s) - mean P)
 
     is taken off the leaves that were there, so off `V(s)` in proportion to their part in it, and off every ancestor
-    that has exactly the leaves of `s`. `P` is what the strategy ranked steps by; of many candidates, the best that
+    whose value rests on the same leaves. `P` is what the strategy ranked steps by; of many candidates, the best that
     `grown_tree.Choice` keeps.
     """
     rounds_L, bias_N = np.array(tree.rounds), np.zeros(len(tree))
-    leaves_N = tree.leaf_count()
+    known_N = tree.sum_over_leaves((~np.isnan(values_L)).astype(float))
     for choice in choices:
         older_L = rounds_L < choice.round
         scores = np.array(choice.priorities, dtype=float)
@@ -109,7 +109,7 @@ def selection_bias(
         part_N = VALUES[kind](tree, np.where(np.isnan(values_L), np.nan, older_L))
         for step in set(choice.steps):
             luck = slope * centred[choice.candidates.index(step)]
-            same = [each for each in (0, *tree.path(step)) if leaves_N[each] == leaves_N[step]]
+            same = [each for each in (0, *tree.path(step)) if known_N[each] == known_N[step]]
             bias_N[same] += 0.0 if np.isnan(luck) else luck * np.nan_to_num(part_N[step])
     return bias_N
 

@@ -159,7 +159,7 @@ class TreeReports:
             len(ids) >= budget and ids[-1] not in self.eos_token_ids
             for ids, budget in zip(completion_ids, budgets, strict=True)
         ]
-        # As TRL's other lengths: without observations, which nobody sampled.
+        # As TRL's other lengths: without observations, which nobody sampled. In evaluation no tree knows them.
         sampled = [each.tree.sampled(leaf).sum() for each in self._grown for leaf in range(len(each.tree.leaves))]
         lengths = torch.tensor(sampled or [len(ids) for ids in completion_ids], dtype=torch.float32)
         both = torch.stack([lengths, torch.tensor(cut, dtype=torch.float32)]).T.to(self.accelerator.device)
